@@ -30,12 +30,14 @@ class AttentionMethod(nn.Module, ABC):
     Attributes:
         name: the registry's and the config's name.
         cached_streams: names of tensors that cached decoding must keep beside ``k`` and ``v``.
+        num_maps: how many softmax maps one forward computes.
         leaks_future: True for a variant that lets future tokens reach the past; generation and export refuse it.
         diagnostics: None, or, when enabled, scalars of the last forward.
     """
 
     name: ClassVar[str]
     cached_streams: ClassVar[tuple[str, ...]] = ()
+    num_maps: ClassVar[int] = 1
     leaks_future: bool = False
     lam: LambdaForm
 

@@ -30,6 +30,7 @@ class Diff(AttentionMethod):
 
     name = "diff"
     cached_streams = ("k2",)
+    num_maps = 2
 
     def __init__(
         self,
