@@ -29,7 +29,9 @@ EXIT_NONFINITE = 3
 def recipe_main(cfg: DictConfig) -> int:
     """Run the recipe from a config file and ``key=value`` overrides; returns the process's exit code."""
     is_main = os.environ.get("RANK", "0") == "0"
-    logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    logging.basicConfig(
+        level=logging.INFO if is_main else logging.WARNING, format="%(message)s", stream=sys.stderr, force=True
+    )
     try:
         checked = load_config(cfg)
         world = start_world(

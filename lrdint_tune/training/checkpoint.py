@@ -1,8 +1,8 @@
 """Step checkpoints: ``step-N`` folders that are either whole or not there.
 
-A checkpoint is written to ``step-N.partial`` by all ranks (torch.distributed.checkpoint, each its own shards) and renamed by rank 0
-when everyone is done. A rename is atomic, so a kill at any moment leaves the earlier checkpoints as they were; older ones are removed
-only after the new one stands.
+A checkpoint is written to ``step-N.partial`` by all ranks (torch.distributed.checkpoint, each its own shards) and
+renamed by rank 0 when everyone is done. A rename is atomic, so a kill at any moment leaves the earlier checkpoints as
+they were; older ones are removed only after the new one stands.
 
 Frozen pretrained weights are not in it: they are read from ``checkpoint_dir`` again.
 """
@@ -52,7 +52,9 @@ class CheckpointManager:
         if not self.folder.is_dir():
             return []
         found = [(_STEP.fullmatch(p.name), p) for p in self.folder.iterdir()]
-        return sorted(int(m.group(1)) for m, p in found if m and (p / STATE_FILE).is_file() and (p / ".metadata").is_file())
+        return sorted(
+            int(m.group(1)) for m, p in found if m and (p / STATE_FILE).is_file() and (p / ".metadata").is_file()
+        )
 
     def recover(self) -> None:
         """Clean up after a kill inside a save: finish or undo its renames, remove what never became complete."""
@@ -81,7 +83,10 @@ class CheckpointManager:
             return self.folder / f"step-{steps[-1]}" if steps else None
         path = Path(resume)
         if not (path / STATE_FILE).is_file() or not (path / ".metadata").is_file():
-            raise ConfigError(f"resume={resume!r}: not a complete checkpoint ({STATE_FILE} or .metadata missing); give a step-N folder, auto or never")
+            raise ConfigError(
+                f"resume={resume!r}: not a complete checkpoint ({STATE_FILE} or .metadata missing); give a step-N "
+                "folder, auto or never"
+            )
         return path
 
     def save(self, step: int, model: nn.Module, optimizer: Optimizer, train_state: dict[str, Any]) -> Path:
@@ -97,7 +102,9 @@ class CheckpointManager:
         dist.barrier()
         if self.is_main:
             _write_synced(partial / STATE_FILE, json.dumps(train_state, indent=1))
-            if final.exists():  # the same step again, after a resume from an earlier one; recover() undoes a kill in between
+            if (
+                final.exists()
+            ):  # the same step again, after a resume from an earlier one; recover() undoes a kill in between
                 os.rename(final, self.folder / f"step-{step}.replaced")
             os.rename(partial, final)
             shutil.rmtree(self.folder / f"step-{step}.replaced", ignore_errors=True)
@@ -123,10 +130,13 @@ class CheckpointManager:
                 probe.write_bytes(b"x")
                 probe.unlink()
             except OSError as error:
-                raise ConfigError(f"output_dir: cannot write to {self.folder} ({error.strerror}); choose a writable folder") from None
+                raise ConfigError(
+                    f"output_dir: cannot write to {self.folder} ({error.strerror}); choose a writable folder"
+                ) from None
 
     def load(self, path: Path, model: nn.Module, optimizer: Optimizer) -> None:
-        """Fill the trained tensors, the optimizer and the random state from ``path``; any number of ranks may have written it."""
+        """Fill the trained tensors, the optimizer and the random state from ``path``; any number of ranks may have
+        written it."""
         state = _tensors(model, optimizer)
         reader = dcp.FileSystemReader(path)
         stored = reader.read_metadata().state_dict_metadata
@@ -153,7 +163,8 @@ class CheckpointManager:
                 entries.setdefault(name, {})[entry] = value
         name_of = {id(p): name for name, p in named.items()}
         order = [name_of[id(p)] for group in optimizer.param_groups for p in group["params"]]
-        # Through load_state_dict, which knows where each optimizer wants its state (fused ones keep `step` on the device).
+        # Through load_state_dict, which knows where each optimizer wants its state (fused ones keep `step` on the
+        # device).
         optimizer.load_state_dict(
             {
                 "state": {i: entries[name] for i, name in enumerate(order) if name in entries},
@@ -166,7 +177,9 @@ class CheckpointManager:
         """Restore this rank's random state; ranks that did not exist when the checkpoint was written keep their own."""
         file = path / f"rng-{dist.get_rank()}.pt"
         if not file.is_file():
-            log.warning("%s holds no random state for rank %d: continuing with the current one", path.name, dist.get_rank())
+            log.warning(
+                "%s holds no random state for rank %d: continuing with the current one", path.name, dist.get_rank()
+            )
             return
         state = torch.load(file, weights_only=True)
         torch.set_rng_state(state["cpu"])
@@ -179,7 +192,10 @@ class CheckpointManager:
         try:
             return json.loads((path / STATE_FILE).read_text())
         except (OSError, json.JSONDecodeError) as error:
-            raise ConfigError(f"resume: {path / STATE_FILE} is not readable ({error}); remove that folder or resume from an earlier step") from None
+            raise ConfigError(
+                f"resume: {path / STATE_FILE} is not readable ({error}); remove that folder or resume from an "
+                "earlier step"
+            ) from None
 
 
 def check_same_run(saved: dict[str, Any], current: dict[str, Any], path: Path) -> None:
@@ -189,9 +205,15 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any], path: Path) -
         ConfigError: listing the keys that differ, with both values.
     """
     keys = sorted(set(saved) | set(current))
-    differing = [f"{key} is {saved.get(key)!r} there and {current.get(key)!r} here" for key in keys if saved.get(key) != current.get(key)]
+    differing = [
+        f"{key} is {saved.get(key)!r} there and {current.get(key)!r} here"
+        for key in keys
+        if saved.get(key) != current.get(key)
+    ]
     if differing:
-        raise ConfigError(f"resume={path}: checkpoint of another run: {'; '.join(differing)}; use another output_dir or resume=never")
+        raise ConfigError(
+            f"resume={path}: checkpoint of another run: {'; '.join(differing)}; use another output_dir or resume=never"
+        )
 
 
 def _named_trained(model: nn.Module) -> dict[str, Tensor]:
@@ -199,7 +221,8 @@ def _named_trained(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """Flat name -> tensor: trained parameters, every new tensor and buffer, and the optimizer's state by parameter name."""
+    """Flat name -> tensor: trained parameters, every new tensor and buffer, and the optimizer's state by parameter
+    name."""
     trained = _named_trained(model)
     state: dict[str, Any] = {
         f"model.{name}": tensor for name, tensor in model.state_dict().items() if name in trained or is_new_tensor(name)

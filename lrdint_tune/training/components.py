@@ -63,7 +63,10 @@ def build_model(cfg: TrainConfig, *, total_steps: int) -> LlamaDecoder:
     with torch.device("meta"):
         model = build("model", section)
     if not isinstance(model, LlamaDecoder):
-        raise ConfigError(f"model._component_={section['_component_']!r}: does not build a lrdint_tune model; use one of lrdint_tune.models")
+        raise ConfigError(
+            f"model._component_={section['_component_']!r}: does not build a lrdint_tune model; use one of "
+            "lrdint_tune.models"
+        )
     if cfg.max_seq_len > model.spec.max_seq_len:
         raise ConfigError(f"max_seq_len={cfg.max_seq_len}: the model's limit is {model.spec.max_seq_len}; lower it")
     return model
@@ -80,7 +83,8 @@ def accumulation_steps(cfg: TrainConfig, world_size: int) -> int:
     per_pass = cfg.batch_size * world_size
     if cfg.global_batch_size % per_pass:
         raise ConfigError(
-            f"global_batch_size={cfg.global_batch_size}: not a multiple of batch_size {cfg.batch_size} x {world_size} processes = "
+            f"global_batch_size={cfg.global_batch_size}: not a multiple of batch_size {cfg.batch_size} x "
+            f"{world_size} processes = "
             f"{per_pass}; change one of them"
         )
     return cfg.global_batch_size // per_pass

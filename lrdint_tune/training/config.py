@@ -1,6 +1,7 @@
 """The run's configuration, checked before anything expensive happens.
 
-Keys are torchtune's where torchtune has one. Nested ``_component_`` sections stay plain dicts and are instantiated where they are used.
+Keys are torchtune's where torchtune has one. Nested ``_component_`` sections stay plain dicts and are instantiated
+where they are used.
 """
 
 from __future__ import annotations
@@ -83,7 +84,9 @@ class TrainConfig:
             if value is not None and value < 1:
                 raise ConfigError(f"{key}={value}: must be at least 1")
         if self.data_parallel_shard_dim < 1 and self.data_parallel_shard_dim != -1:
-            raise ConfigError(f"data_parallel_shard_dim={self.data_parallel_shard_dim}: must be at least 1, or -1 for the rest")
+            raise ConfigError(
+                f"data_parallel_shard_dim={self.data_parallel_shard_dim}: must be at least 1, or -1 for the rest"
+            )
         for key in ("clip_grad_norm", "lam_lr"):
             value = getattr(self, key)
             if value is not None and value <= 0:
@@ -98,13 +101,17 @@ class TrainConfig:
         if not self.trainable:
             raise ConfigError(f"trainable=[]: nothing to train; list some of {', '.join(TRAINABLE_GROUPS)}")
         if self.run_val_every_n_steps and self.dataset_val is None:
-            raise ConfigError(f"run_val_every_n_steps={self.run_val_every_n_steps}: there is no dataset_val; add that section")
+            raise ConfigError(
+                f"run_val_every_n_steps={self.run_val_every_n_steps}: there is no dataset_val; add that section"
+            )
         for key in ("tokenizer", "model", "dataset", "dataset_val", "optimizer", "lr_scheduler"):
             section = getattr(self, key)
             if section is not None and "_component_" not in section:
                 raise ConfigError(f"{key}={section}: has no _component_; give the dotted path of what to build")
         if "checkpoint_dir" not in self.checkpointer:
-            raise ConfigError(f"checkpointer={self.checkpointer}: has no checkpoint_dir; give the folder of the pretrained weights")
+            raise ConfigError(
+                f"checkpointer={self.checkpointer}: has no checkpoint_dir; give the folder of the pretrained weights"
+            )
         _known("checkpointer", self.checkpointer, ("checkpoint_dir", "base_model_name_or_path"))
 
 
@@ -112,7 +119,8 @@ def load_config(cfg: DictConfig | dict[str, Any]) -> TrainConfig:
     """Turn a parsed YAML into a checked config.
 
     Raises:
-        ConfigError: an unknown or missing key, a value of the wrong type or out of range, an interpolation that does not resolve.
+        ConfigError: an unknown or missing key, a value of the wrong type or out of range, an interpolation that does
+        not resolve.
     """
     try:
         raw = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else dict(cfg)

@@ -8,9 +8,10 @@ from lrdint_tune.models.decoder import LlamaDecoder
 def training_flops_per_token(model: LlamaDecoder, seq_len: int) -> float:
     """Floating-point operations per token of one forward and backward pass.
 
-    A weight of a matrix product costs 2 in the forward pass, 2 for the gradient of its input and, if it is trained, 2 for its own.
-    Attention costs ``4 N H hd`` forward and twice that backward for each map, counted over the full ``N x N`` map as torch's FLOP
-    counter does; the causal half is what a fused kernel really computes. Recomputation is not counted.
+    A weight of a matrix product costs 2 in the forward pass, 2 for the gradient of its input and, if it is trained, 2
+    for its own. Attention costs ``4 N H hd`` forward and twice that backward for each map, counted over the full ``N x
+    N`` map as torch's FLOP counter does; the causal half is what a fused kernel really computes. Recomputation is not
+    counted.
 
     Args:
         model: names, shapes and ``requires_grad`` are read; sharded and meta parameters are fine.

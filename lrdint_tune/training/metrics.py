@@ -20,8 +20,8 @@ JSON_FILE = "metrics.jsonl"
 class TensorBoardLogger:
     """Writes scalars to TensorBoard and to ``metrics.jsonl`` in ``log_dir``.
 
-    A resumed run writes on into the same folder: everything recorded after the step it resumes from is dropped from both, so there is
-    one curve.
+    A resumed run writes on into the same folder: everything recorded after the step it resumes from is dropped from
+    both, so there is one curve.
 
     Args:
         log_dir: the folder that ``tensorboard --logdir`` is pointed at.

@@ -32,7 +32,8 @@ _SAVED_OPS = frozenset(
 
 
 def set_precision(model: nn.Module, dtype: str) -> None:
-    """Trainable parameters stay float32 (bf16 master weights swallow small updates); with ``dtype: bf16`` frozen ones become bf16."""
+    """Trainable parameters stay float32 (bf16 master weights swallow small updates); with ``dtype: bf16`` frozen ones
+    become bf16."""
     if dtype == "bf16":
         for parameter in model.parameters():
             if not parameter.requires_grad:
@@ -42,8 +43,9 @@ def set_precision(model: nn.Module, dtype: str) -> None:
 def checkpoint_activations(model: LlamaDecoder, mode: str) -> None:
     """Recompute each block in the backward pass instead of keeping its activations.
 
-    ``full`` keeps only the block's input; ``selective`` also keeps the outputs of matrix multiplications and attention kernels, which
-    are the expensive ones to recompute. Only ``forward`` is replaced, so parameter names stay as they are and FSDP2's hooks stay outside.
+    ``full`` keeps only the block's input; ``selective`` also keeps the outputs of matrix multiplications and attention
+    kernels, which are the expensive ones to recompute. Only ``forward`` is replaced, so parameter names stay as they
+    are and FSDP2's hooks stay outside.
     """
     options: dict[str, Any] = {"use_reentrant": False}
     if mode == "selective":
@@ -57,8 +59,13 @@ def _save_expensive(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointP
 
 
 def shard_model(model: LlamaDecoder, mesh: DeviceMesh, dtype: str) -> None:
-    """FSDP2 on every block, then on the root; with ``dtype: bf16`` compute is bf16 and gradients are reduced in float32."""
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if dtype == "bf16" else MixedPrecisionPolicy()
+    """FSDP2 on every block, then on the root; with ``dtype: bf16`` compute is bf16 and gradients are reduced in
+    float32."""
+    policy = (
+        MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        if dtype == "bf16"
+        else MixedPrecisionPolicy()
+    )
     # A replicate dimension of 1 would only add an all-reduce with nobody.
     mesh = mesh if mesh.size(0) > 1 else mesh["shard"]
     # With one shard there is nothing to free between forward and backward.
@@ -84,7 +91,8 @@ def initial_method_state(model: LlamaDecoder, seed: int) -> dict[str, Tensor]:
 
 
 def materialise(model: LlamaDecoder, device: torch.device) -> None:
-    """Give a sharded meta-device model memory, RoPE caches and non-persistent buffers; weights are still to be loaded."""
+    """Give a sharded meta-device model memory, RoPE caches and non-persistent buffers; weights are still to be
+    loaded."""
     model.to_empty(device=device)
     with device:
         for module in model.modules():
@@ -110,16 +118,23 @@ def load_weights(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], *, com
     missing = set(targets)
     for name, tensor in tensors:
         if name not in targets:
-            raise ConfigError(f"weights: tensor {name} is unknown to the model; the checkpoint is of another architecture")
+            raise ConfigError(
+                f"weights: tensor {name} is unknown to the model; the checkpoint is of another architecture"
+            )
         copy_into(name, targets[name], tensor)
         missing.discard(name)
     if complete and missing:
-        raise ConfigError(f"weights: tensor {min(missing)} (and {len(missing) - 1} more) not found; the checkpoint is incomplete")
+        raise ConfigError(
+            f"weights: tensor {min(missing)} (and {len(missing) - 1} more) not found; the checkpoint is incomplete"
+        )
 
 
 def copy_into(name: str, target: Tensor, tensor: Tensor) -> None:
     if target.shape != tensor.shape:
-        raise ConfigError(f"weights: {name} has shape {list(tensor.shape)}, the model needs {list(target.shape)}; check model._component_")
+        raise ConfigError(
+            f"weights: {name} has shape {list(tensor.shape)}, the model needs {list(target.shape)}; check "
+            "model._component_"
+        )
     if isinstance(target, DTensor):
         local = tensor.to(device=target.device, dtype=target.dtype)
         # src_data_rank=None: every rank holds the same full tensor, so each slices its own shard without communication.

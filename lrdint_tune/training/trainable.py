@@ -16,7 +16,8 @@ TRAINABLE_GROUPS = ("adapter", "attention", "norms", "mlp", "embeddings", "lm_he
 
 
 def group_of(name: str) -> str:
-    """The group of a parameter by its state-dict name: ``adapter`` for the method's new tensors, else the part of the Llama it is."""
+    """The group of a parameter by its state-dict name: ``adapter`` for the method's new tensors, else the part of the
+    Llama it is."""
     if is_new_tensor(name):
         return "adapter"
     if ".attn." in name:
@@ -38,7 +39,8 @@ def set_trainable(model: LlamaDecoder, groups: list[str]) -> None:
     """
     if "lm_head" in groups and model.spec.tie_word_embeddings and not {"embeddings", "all"} & set(groups):
         raise ConfigError(
-            "trainable=lm_head: the head is the embedding matrix in this model; add embeddings, or set untie_lm_head=true to give "
+            "trainable=lm_head: the head is the embedding matrix in this model; add embeddings, or set "
+            "untie_lm_head=true to give "
             "the head its own copy"
         )
     if "adapter" in groups and not model.adapter_parameters() and model.spec.method == "none":
@@ -47,7 +49,9 @@ def set_trainable(model: LlamaDecoder, groups: list[str]) -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("all" in wanted or group_of(name) in wanted)
     if not any(p.requires_grad for p in model.parameters()):
-        raise ConfigError(f"trainable={groups}: no parameter of method {model.spec.method!r} is in these groups; add attention or all")
+        raise ConfigError(
+            f"trainable={groups}: no parameter of method {model.spec.method!r} is in these groups; add attention or all"
+        )
 
 
 def parameter_table(model: nn.Module) -> str:
@@ -70,7 +74,8 @@ def is_lambda(name: str) -> bool:
 def optimizer_groups(model: nn.Module, *, lam_lr: float | None) -> list[dict[str, Any]]:
     """Parameter groups for the optimizer: the λ parameters apart, with their own learning rate and no weight decay.
 
-    One-dimensional parameters (norm scales) are not decayed either. A ``lam_lr`` without any trained λ is reported as having no effect.
+    One-dimensional parameters (norm scales) are not decayed either. A ``lam_lr`` without any trained λ is reported as
+    having no effect.
     """
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     lambdas = [p for n, p in named if is_lambda(n)]

@@ -12,21 +12,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lrdint_tune.export import plan_export, save_adapter, save_hf_folder
+from lrdint_tune.models.hf import check_hf_config, iter_hf_folder
+from lrdint_tune.training.data import Batch
 from omegaconf import OmegaConf
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lrdint_tune.attention import DocumentMask
 from lrdint_tune.errors import ConfigError
-from lrdint_tune.export import plan_export, save_adapter, save_hf_folder
 from lrdint_tune.models.decoder import LlamaDecoder, is_new_tensor
-from lrdint_tune.models.hf import check_hf_config, iter_hf_folder
 from lrdint_tune.models.spec import ModelSpec
 from lrdint_tune.training import parallel
 from lrdint_tune.training.checkpoint import CheckpointManager, check_same_run
 from lrdint_tune.training.components import accumulation_steps, build, build_loader, build_model, build_tokenizer
 from lrdint_tune.training.config import TrainConfig
-from lrdint_tune.training.data import Batch
 from lrdint_tune.training.flops import training_flops_per_token
 from lrdint_tune.training.metrics import Progress, TensorBoardLogger, Throughput, memory_values
 from lrdint_tune.training.trainable import optimizer_groups, parameter_table, set_trainable
@@ -75,11 +75,14 @@ class Trainer:
         check_hf_config(self.checkpoint_dir, self.file_spec)
         if self.spec.leaks_future:
             log.warning(
-                "integral=sequence: future tokens reach the past. Training loss and ordinary validation loss are NOT language-model "
+                "integral=sequence: future tokens reach the past. Training loss and ordinary validation loss are "
+                "NOT language-model "
                 "losses, and nothing will be exported; this run measures the leak."
             )
         else:
-            plan_export(model.state_dict(), self.spec, output_dirs=(self.output_dir / "adapter", self.output_dir / "hf"))
+            plan_export(
+                model.state_dict(), self.spec, output_dirs=(self.output_dir / "adapter", self.output_dir / "hf")
+            )
 
         self.step = 0
         self.checkpoints = CheckpointManager(
@@ -111,7 +114,8 @@ class Trainer:
 
     @property
     def file_spec(self) -> ModelSpec:
-        """The model as the pretrained files know it: with ``untie_lm_head`` their head is still the embedding matrix."""
+        """The model as the pretrained files know it: with ``untie_lm_head`` their head is still the embedding
+        matrix."""
         return dataclasses.replace(self.spec, tie_word_embeddings=True) if self.cfg.untie_lm_head else self.spec
 
     def _load_model(self, model: LlamaDecoder) -> LlamaDecoder:
@@ -179,7 +183,8 @@ class Trainer:
         """Run to the last step, with validation and checkpoints on the way, then export.
 
         Raises:
-            NonFiniteLossError: NaN or infinite loss or gradient; nothing was updated with it, the last checkpoint stands.
+            NonFiniteLossError: NaN or infinite loss or gradient; nothing was updated with it, the last checkpoint
+            stands.
         """
         cfg = self.cfg
         recorder = self._open_recorder()
@@ -216,7 +221,8 @@ class Trainer:
         self.export()
 
     def _train_step(self, logging_step: bool) -> tuple[dict[str, float], float, float]:
-        """One optimizer step; returns its scalars, its input tokens over all ranks and the seconds spent waiting for data."""
+        """One optimizer step; returns its scalars, its input tokens over all ranks and the seconds spent waiting for
+        data."""
         start = time.perf_counter()
         if self.step % self.steps_per_epoch == 0:
             self.loader.start_epoch(self.step // self.steps_per_epoch)
@@ -231,7 +237,10 @@ class Trainer:
         dist.all_reduce(counts)
         label_tokens, input_tokens = counts.tolist()
         if not label_tokens:
-            raise ConfigError(f"dataset: no trained token in the batch of step {self.step + 1} (rows {_rows(batches)}); check the columns")
+            raise ConfigError(
+                f"dataset: no trained token in the batch of step {self.step + 1} (rows {_rows(batches)}); check the "
+                "columns"
+            )
 
         losses = []
         for batch in batches:
@@ -252,7 +261,9 @@ class Trainer:
             values |= {tag: value.item() for tag, value in self.model.diagnostics().items()}
             values |= self._adapter_grad_norms()
         if self.cfg.clip_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.trained, self.cfg.clip_grad_norm, torch.tensor(norm, device=self.world.device))
+            torch.nn.utils.clip_grads_with_norm_(
+                self.trained, self.cfg.clip_grad_norm, torch.tensor(norm, device=self.world.device)
+            )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.scheduler is not None:
@@ -295,7 +306,11 @@ class Trainer:
         dist.all_gather_object(gathered, _rows(bad))
         rows = sorted({row for part in gathered for row in part})
         kept = self.checkpoints.steps()
-        where = f"dataset rows {rows[:20]}{' ...' if len(rows) > 20 else ''}" if rows else f"dataset rows {_rows(batches)[:20]} (loss finite, gradient not)"
+        where = (
+            f"dataset rows {rows[:20]}{' ...' if len(rows) > 20 else ''}"
+            if rows
+            else f"dataset rows {_rows(batches)[:20]} (loss finite, gradient not)"
+        )
         raise NonFiniteLossError(
             f"step {self.step + 1}: loss {loss}, gradient norm {norm}; {where}; no update was made; "
             + (f"checkpoint step-{kept[-1]} stands" if kept else "there is no checkpoint yet")
@@ -331,7 +346,10 @@ class Trainer:
     def export(self) -> None:
         """Write ``output_dir/adapter`` and ``output_dir/hf``. A leaking model is kept as a checkpoint only."""
         if self.spec.leaks_future:
-            log.warning("integral=sequence: nothing exported, the model reads future tokens; its checkpoint is in %s", self.checkpoints.folder)
+            log.warning(
+                "integral=sequence: nothing exported, the model reads future tokens; its checkpoint is in %s",
+                self.checkpoints.folder,
+            )
             return
         new: dict[str, Tensor] = {}
         trained_base: dict[str, Tensor] = {}
@@ -346,15 +364,23 @@ class Trainer:
                 self.output_dir / "adapter",
                 new,
                 self.spec,
-                base_model_name_or_path=self.cfg.checkpointer.get("base_model_name_or_path") or str(self.checkpoint_dir),
+                base_model_name_or_path=self.cfg.checkpointer.get("base_model_name_or_path")
+                or str(self.checkpoint_dir),
                 trained_base=trained_base,
                 trainable=list(self.cfg.trainable),
             )
         tensors = ((name, parallel.full_tensor(tensor)) for name, tensor in self.model.state_dict().items())
         if self.world.is_main:
             dtype = torch.bfloat16 if self.cfg.dtype == "bf16" else torch.float32
-            save_hf_folder(self.output_dir / "hf", tensors, self.spec, dtype=dtype, tokenizer_files_from=self.checkpoint_dir)
-            log.info("saved %s", ", ".join(str(self.output_dir / d) for d in (("adapter", "hf") if self.spec.method != "none" else ("hf",))))
+            save_hf_folder(
+                self.output_dir / "hf", tensors, self.spec, dtype=dtype, tokenizer_files_from=self.checkpoint_dir
+            )
+            log.info(
+                "saved %s",
+                ", ".join(
+                    str(self.output_dir / d) for d in (("adapter", "hf") if self.spec.method != "none" else ("hf",))
+                ),
+            )
         else:
             for _ in tensors:
                 continue

@@ -19,7 +19,8 @@ class World:
     """This process among the others.
 
     Attributes:
-        mesh: ``(replicate, shard)`` over all ranks; FSDP2 shards over the second and replicates over the first dimension.
+        mesh: ``(replicate, shard)`` over all ranks; FSDP2 shards over the second and replicates over the first
+            dimension.
     """
 
     rank: int
@@ -53,7 +54,8 @@ def mesh_shape(world_size: int, replicate: int, shard: int) -> tuple[int, int]:
         shard = world_size // replicate
     if replicate * shard != world_size:
         raise ConfigError(
-            f"data_parallel_shard_dim={shard}: {replicate} (replicate) x {shard} (shard) = {replicate * shard}, but {world_size} "
+            f"data_parallel_shard_dim={shard}: {replicate} (replicate) x {shard} (shard) = {replicate * shard}, but "
+            f"{world_size} "
             f"processes were started; set it to -1 or start {replicate * shard} processes"
         )
     return replicate, shard
@@ -69,7 +71,7 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ConfigError("device='cuda': torch sees no CUDA device; set device=cpu or auto")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def start_world(device_name: str, *, replicate: int, shard: int, timeout_minutes: float = 30.0) -> World:
@@ -82,7 +84,9 @@ def start_world(device_name: str, *, replicate: int, shard: int, timeout_minutes
     """
     if "RANK" not in os.environ:
         # `tune run` without torchrun options, or plain python.
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+        os.environ.update(
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
+        )
     world_size = int(os.environ["WORLD_SIZE"])
     shape = mesh_shape(world_size, replicate, shard)
     device = resolve_device(device_name)

@@ -77,8 +77,8 @@ class AttentionMethod(nn.Module, ABC):
 def scale_multiplier(option: str | float, head_dim: int) -> float:
     """The multiplier of ``q2 k2^T``, that is ``1/sqrt(d2)`` (methods.md 1.3).
 
-    ``seed``: ``d2 = hd/81`` as printed in seed 001; ``variance``: ``d2 = hd/9``, which the seed's own argument gives with
-    ``nn.Linear``'s initialisation; ``standard``: ``d2 = hd``; a positive number is the multiplier itself.
+    ``seed``: ``d2 = hd/81`` as printed in seed 001; ``variance``: ``d2 = hd/9``, which the seed's own argument gives
+    with ``nn.Linear``'s initialisation; ``standard``: ``d2 = hd``; a positive number is the multiplier itself.
 
     Raises:
         ConfigError: for anything else.
