@@ -93,20 +93,12 @@ def accumulation_steps(cfg: TrainConfig, world_size: int) -> int:
     return cfg.global_batch_size // per_pass
 
 
-def build_loader(
-    key: str,
-    section: Section,
-    cfg: TrainConfig,
-    world: World,
-    tokenizer: Any,
-    *,
-    vocab_size: int,
-    accumulation: int = 1,
-) -> BatchLoader:
+def build_loader(key: str, section: Section, cfg: TrainConfig, world: World, tokenizer: Any) -> BatchLoader:
     """The loader of a ``dataset`` or ``dataset_val`` section.
 
-    Training batches are shuffled as ``shuffle`` says and the incomplete last global batch is dropped; validation reads every row once,
-    in order. Padding is an own document without labels, so its token id does not matter.
+    Training batches are shuffled as ``shuffle`` says and the incomplete last global batch is dropped; validation reads
+    every row once, in
+    order. Padding is an own document without labels, so its token id does not matter.
 
     Raises:
         ConfigError: as the dataset's component and :class:`~lrdint_tune.training.data.BatchLoader` do.
@@ -116,7 +108,7 @@ def build_loader(
     packed = section.get("packed", False)
     if not isinstance(packed, bool):
         raise ConfigError(f"{key}.packed={packed!r}: must be true or false")
-    dataset = build(key, options, tokenizer, vocab_size=vocab_size, max_seq_len=cfg.max_seq_len)
+    dataset = build(key, options, tokenizer, max_seq_len=cfg.max_seq_len)
     return BatchLoader(
         dataset,
         batch_size=cfg.batch_size if training else cfg.batch_size_val or cfg.batch_size,
@@ -128,5 +120,4 @@ def build_loader(
         seed=cfg.seed,
         pad_id=0,
         drop_last=training,
-        accumulation_steps=accumulation,
     )

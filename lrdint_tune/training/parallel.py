@@ -14,6 +14,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from lrdint_tune.attention.lambdas import LambdaForm
 from lrdint_tune.errors import ConfigError
 from lrdint_tune.models.decoder import LlamaDecoder
 
@@ -94,12 +95,12 @@ def materialise(model: LlamaDecoder, device: torch.device) -> None:
     """Give a sharded meta-device model memory, RoPE caches and non-persistent buffers; weights are still to be
     loaded."""
     model.to_empty(device=device)
-    with device:
-        for module in model.modules():
-            if hasattr(module, "rope_init"):
+    for module in model.modules():
+        if hasattr(module, "rope_init"):
+            with device:
                 module.rope_init()
-    for method in model.methods():
-        method.reset_parameters()
+        if isinstance(module, LambdaForm):
+            module.reset_parameters()
 
 
 @torch.no_grad()
