@@ -12,7 +12,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 CONSTRAINTS ?= constraints.txt
 PYTEST_ARGS ?=
-QUICKSTART_DIR ?= quickstart_output
+QUICKSTART_DIR := quickstart_output
 
 VENV := .venv
 BIN := $(VENV)/bin
