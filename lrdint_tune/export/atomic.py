@@ -24,6 +24,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     final = Path(path).resolve()  # a link to the folder stays a link
     partial = final.with_name(f".{final.name}.partial")
     final.parent.mkdir(parents=True, exist_ok=True)
+    _put_back(final)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
@@ -37,10 +38,9 @@ def replace_folder(new: Path, final: Path) -> None:
     """Flush the folder ``new`` and give it the name ``final``, in place of a folder of that name, if there is one.
 
     Both lie on the same file system.
-
     Where the file system can exchange two names, there is no moment without a complete ``final``. Where it cannot
     (some network file systems) there is one, between two renames: a process killed just then leaves the old folder
-    under ``.<name>.previous``.
+    under ``.<name>.previous``, and the next :func:`atomic_folder` puts it back.
     """
     for folder, _, names in os.walk(new):
         for name in names:
@@ -51,12 +51,23 @@ def replace_folder(new: Path, final: Path) -> None:
     elif _exchange(new, final):
         shutil.rmtree(new)
     else:
-        previous = final.with_name(f".{final.name}.previous")
-        shutil.rmtree(previous, ignore_errors=True)
+        previous = _previous(final)
         os.replace(final, previous)
         os.replace(new, final)
         shutil.rmtree(previous)
     _flush(final.parent)
+
+
+def _previous(final: Path) -> Path:
+    return final.with_name(f".{final.name}.previous")
+
+
+def _put_back(final: Path) -> None:
+    """Undo what a process that died between two renames left."""
+    previous = _previous(final)
+    if previous.exists() and not final.exists():
+        os.replace(previous, final)
+    shutil.rmtree(previous, ignore_errors=True)
 
 
 def _exchange(a: Path, b: Path) -> bool:
