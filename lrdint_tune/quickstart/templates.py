@@ -7,7 +7,7 @@ from dataclasses import dataclass
 class Step:
     """One calculation of the worked answer: ``result = left op right``.
 
-    ``left`` and ``right`` name numbers of the problem or earlier results, or are constants. ``{eq}`` in ``text`` becomes
+    ``left`` and ``right`` name numbers of the problem or earlier results, or are constants. ``{eq}`` in ``text`` is
     the written calculation, for instance ``4 * 6 = 24``.
     """
 
@@ -132,7 +132,7 @@ TEMPLATES = (
         "fence around a garden",
         {"long": (8, 40, 1), "wide": (3, 20, 1), "price": (2, 15, 1)},
         (
-            "A garden is {long} metres long and {wide} wide. What does a fence around it cost at {price} dollars a metre?",
+            "A garden is {long} metres by {wide}. What does a fence all around cost at {price} dollars a metre?",
             "{name} fences a rectangle of {long} by {wide} metres. Every metre of the fence is {price} dollars. How"
             " many dollars does {name} pay?",
         ),

@@ -52,8 +52,8 @@ def rows() -> dict[str, list[dict[str, str]]]:
 def test_rows_are_the_same_everywhere(rows):
     digests = {split: hashlib.sha256(to_jsonl(part).encode()).hexdigest() for split, part in rows.items()}
     assert digests == {
-        "train": "983ce958214f0be28fd085468d03978671685c886fc05e7abaed8f6d21c438c6",
-        "heldout": "cf032db7f1763e24667a8db3f699735ff585272dd8af33ed0b8544a78b4f5d31",
+        "train": "63de90accabc2eeb2ea9c8dc928916c9d03ee9c779db676c9d396cbae5541e82",
+        "heldout": "85d1152d32722ee099f249877e1f1f5e236935c6f76ccfeeff05697639d64f89",
     }
 
 
