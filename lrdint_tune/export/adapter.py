@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lrdint_tune import __version__
 from lrdint_tune.errors import ConfigError
 from lrdint_tune.export.atomic import atomic_folder
 from lrdint_tune.export.hf_folder import write_json
@@ -141,6 +142,7 @@ def _config(
     return {
         "peft_type": PEFT_TYPE,
         "format": FORMAT_VERSION,
+        "lrdint_tune_version": __version__,
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model_name_or_path,
         "inference_mode": True,

@@ -19,7 +19,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
     Yields a fresh folder ``.<name>.partial`` beside ``path``. When the block ends without an exception it is flushed
     to disk and takes the place of ``path``; otherwise it is removed and ``path`` is untouched. What a killed process
-    left of an earlier attempt is removed first. One process at a time may write to one path.
+    left of an earlier attempt is cleared up first. One process at a time may write to one path.
     """
     final = Path(path).resolve()  # a link to the folder stays a link
     partial = final.with_name(f".{final.name}.partial")
@@ -38,6 +38,7 @@ def replace_folder(new: Path, final: Path) -> None:
     """Flush the folder ``new`` and give it the name ``final``, in place of a folder of that name, if there is one.
 
     Both lie on the same file system.
+
     Where the file system can exchange two names, there is no moment without a complete ``final``. Where it cannot
     (some network file systems) there is one, between two renames: a process killed just then leaves the old folder
     under ``.<name>.previous``, and the next :func:`atomic_folder` puts it back.

@@ -56,7 +56,7 @@ class SafetensorsFile:
             raise ValueError(f"tensor {name!r} has shape {list(tensor.shape)}, announced was {list(shape)}")
         data = tensor.detach().to("cpu", dtype).contiguous().flatten().view(torch.uint8)
         self._file.seek(self._start + self._offsets[name])
-        self._file.write(memoryview(data.numpy()))
+        self._file.write(data.numpy().data)
 
     def __enter__(self) -> SafetensorsFile:
         return self

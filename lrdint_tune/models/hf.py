@@ -103,13 +103,19 @@ def read_safetensors(file: Path, spec: ModelSpec, skipped: Collection[str] = ())
         ConfigError: the file is damaged, or holds a tensor that no model with this spec has.
     """
     with _open(file) as f:
-        for name in f.offset_keys():
-            if name in skipped or _is_rope_cache(name):
-                continue
-            stored = f.get_tensor(name)
-            tune_name, tensor = to_tune(name, stored, spec)
-            # What safetensors returns is a view of the file: a file replaced later would change it.
-            yield tune_name, tensor.clone() if tensor.data_ptr() == stored.data_ptr() else tensor
+        names = f.offset_keys()
+    for name in names:
+        if name not in skipped and not _is_rope_cache(name):
+            yield _read_tensor(file, name, spec)
+
+
+def _read_tensor(file: Path, name: str, spec: ModelSpec) -> tuple[str, Tensor]:
+    # Opened for each tensor: the pages of a mapped file stay in memory until it is closed.
+    with _open(file) as f:
+        stored = f.get_tensor(name)
+    tune_name, tensor = to_tune(name, stored, spec)
+    # What safetensors returns is a view of the file: a file replaced later would change it.
+    return tune_name, tensor.clone() if tensor.data_ptr() == stored.data_ptr() else tensor
 
 
 def _is_rope_cache(name: str) -> bool:

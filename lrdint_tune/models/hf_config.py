@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from lrdint_tune import __version__
 from lrdint_tune.attention.lambdas import DEFAULT_ANNEAL_STEPS, LAMBDA_FORMS
 from lrdint_tune.attention.methods import method_options
 from lrdint_tune.errors import ConfigError
@@ -120,7 +121,12 @@ def hf_config(spec: ModelSpec) -> dict[str, Any]:
         "bos_token_id": None,
         "eos_token_id": None,
         "pad_token_id": None,
-        ENTRY: {"format": FORMAT_VERSION, "method": spec.method, "method_options": full_options(spec)},
+        ENTRY: {
+            "format": FORMAT_VERSION,
+            "version": __version__,
+            "method": spec.method,
+            "method_options": full_options(spec),
+        },
     }
     if spec.method != "none":
         config["architectures"] = ["LrdintLlamaForCausalLM"]

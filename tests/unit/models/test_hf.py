@@ -1,4 +1,4 @@
-"""Hugging Face folders into our models: names, element order, streaming, and every way in which a folder can be wrong."""
+"""Hugging Face folders into our models: names, element order, and every way in which a folder can be wrong."""
 
 from __future__ import annotations
 
