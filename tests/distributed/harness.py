@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import pickle
 import runpy
-import signal
 import sys
 import tempfile
 import time

@@ -102,4 +102,3 @@ def assert_same_step(actual: Step, expected: Step, *, loss: float = 1e-6, gradie
         assert largest > 0, f"{name}: the gradient is zero, nothing is compared"
         error = (actual.gradients[name] - gradient).abs().max() / largest
         assert error <= gradients, f"{name}: relative error {error:.2e}"
-

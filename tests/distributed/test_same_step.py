@@ -44,7 +44,9 @@ def one_process(function: Any, file: Path, changes: dict[str, Any], at: int = 0)
     return _expected(function, file, json.dumps(changes, sort_keys=True), at)
 
 
-def check(file: Path, changes: dict[str, Any], at: int = 0, sizes: tuple[int, ...] = (1, 2), **tolerances: float) -> None:
+def check(
+    file: Path, changes: dict[str, Any], at: int = 0, sizes: tuple[int, ...] = (1, 2), **tolerances: float
+) -> None:
     """The trainer on each number of ranks against one plain model."""
     expected = one_process(plain_step, file, changes, at)
     for size in sizes:
