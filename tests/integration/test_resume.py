@@ -126,6 +126,25 @@ def test_never_resume_killed_and_resumed(config: Path, finished: Path, tmp_path:
     assert_same_losses(tmp_path, finished)
 
 
+def test_back_to_an_earlier_checkpoint(config: Path, finished: Path, tmp_path: Path) -> None:
+    """What came after it is moved away, not lost and not found by a later ``auto``."""
+    out = f"output_dir={tmp_path}"
+    finished_run(config, out, "keep_last_n_checkpoints=4")
+    killed(config, out, f"resume={tmp_path / 'checkpoints' / 'step-3'}", step=5)
+    assert checkpoints(tmp_path) == ["set-aside-1", "step-3"]
+    assert sorted(p.name for p in (tmp_path / "checkpoints" / "set-aside-1").iterdir()) == ["step-10", "step-6", "step-9"]
+    finished_run(config, out)
+    assert_same_losses(tmp_path, finished)
+
+
+def test_another_learning_rate_is_reported_to_have_no_effect(config: Path, tmp_path: Path) -> None:
+    out = f"output_dir={tmp_path}"
+    killed(config, out, step=5)
+    outcome = run_recipe(config, out, "optimizer.lr=0.1")
+    assert outcome.codes == [0]
+    assert "optimizer.lr, lam_lr: no effect" in outcome.outputs[0]
+
+
 def test_the_curve_has_the_standard_tags(finished: Path) -> None:
     tags = tensorboard(finished).keys()
     assert {
