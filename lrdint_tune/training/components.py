@@ -16,6 +16,8 @@ from lrdint_tune.attention import method_options
 from lrdint_tune.errors import ConfigError
 from lrdint_tune.models.decoder import LlamaDecoder
 from lrdint_tune.training.config import Section, TrainConfig
+from lrdint_tune.training.data import BatchLoader
+from lrdint_tune.training.world import World
 
 
 def build(key: str, section: Section, *args: Any, **kwargs: Any) -> Any:
@@ -46,17 +48,18 @@ def build_tokenizer(section: Section) -> Any:
     return build("tokenizer", section)
 
 
-def build_model(cfg: TrainConfig, *, total_steps: int) -> LlamaDecoder:
+def build_model(cfg: TrainConfig, *, total_steps: int | None = None) -> LlamaDecoder:
     """The model on the meta device, without memory.
 
-    ``anneal_steps`` of an annealed λ defaults to half of the run here, where the length of the run is known.
+    ``anneal_steps`` of an annealed λ defaults to half of ``total_steps``, when the length of the run is known.
 
     Raises:
         ConfigError: unknown model, method or option, or a value out of range.
     """
     section = dict(cfg.model)
     options = method_options(section.get("method", "none"))
-    if section.get("lam", options.get("lam")) == "annealed" and section.get("anneal_steps") is None:
+    annealed = section.get("lam", options.get("lam")) == "annealed"
+    if annealed and section.get("anneal_steps") is None and total_steps is not None:
         section["anneal_steps"] = max(1, total_steps // 2)
     if cfg.untie_lm_head:
         section["tie_word_embeddings"] = False
@@ -88,3 +91,42 @@ def accumulation_steps(cfg: TrainConfig, world_size: int) -> int:
             f"{per_pass}; change one of them"
         )
     return cfg.global_batch_size // per_pass
+
+
+def build_loader(
+    key: str,
+    section: Section,
+    cfg: TrainConfig,
+    world: World,
+    tokenizer: Any,
+    *,
+    vocab_size: int,
+    accumulation: int = 1,
+) -> BatchLoader:
+    """The loader of a ``dataset`` or ``dataset_val`` section.
+
+    Training batches are shuffled as ``shuffle`` says and the incomplete last global batch is dropped; validation reads every row once,
+    in order. Padding is an own document without labels, so its token id does not matter.
+
+    Raises:
+        ConfigError: as the dataset's component and :class:`~lrdint_tune.training.data.BatchLoader` do.
+    """
+    training = key == "dataset"
+    options = {name: value for name, value in section.items() if name != "packed"}
+    packed = section.get("packed", False)
+    if not isinstance(packed, bool):
+        raise ConfigError(f"{key}.packed={packed!r}: must be true or false")
+    dataset = build(key, options, tokenizer, vocab_size=vocab_size, max_seq_len=cfg.max_seq_len)
+    return BatchLoader(
+        dataset,
+        batch_size=cfg.batch_size if training else cfg.batch_size_val or cfg.batch_size,
+        dp_rank=world.rank,
+        dp_size=world.size,
+        max_seq_len=cfg.max_seq_len,
+        packed=packed,
+        shuffle=training and cfg.shuffle,
+        seed=cfg.seed,
+        pad_id=0,
+        drop_last=training,
+        accumulation_steps=accumulation,
+    )

@@ -12,21 +12,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lrdint_tune.export import plan_export, save_adapter, save_hf_folder
-from lrdint_tune.models.hf import check_hf_config, iter_hf_folder
-from lrdint_tune.training.data import Batch
 from omegaconf import OmegaConf
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lrdint_tune.attention import DocumentMask
 from lrdint_tune.errors import ConfigError
+from lrdint_tune.export import plan_export, save_adapter, save_hf_folder
 from lrdint_tune.models.decoder import LlamaDecoder, is_new_tensor
+from lrdint_tune.models.hf import check_hf_config, iter_hf_folder
 from lrdint_tune.models.spec import ModelSpec
 from lrdint_tune.training import parallel
 from lrdint_tune.training.checkpoint import CheckpointManager, check_same_run
 from lrdint_tune.training.components import accumulation_steps, build, build_loader, build_model, build_tokenizer
 from lrdint_tune.training.config import TrainConfig
+from lrdint_tune.training.data import Batch
 from lrdint_tune.training.flops import training_flops_per_token
 from lrdint_tune.training.metrics import Progress, TensorBoardLogger, Throughput, memory_values
 from lrdint_tune.training.trainable import optimizer_groups, parameter_table, set_trainable
@@ -56,23 +56,26 @@ class Trainer:
         self.output_dir = Path(cfg.output_dir)
         self.checkpoint_dir = Path(cfg.checkpointer["checkpoint_dir"])
 
+        # The model first, without memory: a wrong option must not wait for the data to be tokenised.
+        model = build_model(cfg)
+        vocab_size = model.spec.vocab_size
+        check_hf_config(self.checkpoint_dir, self.file_spec(model.spec))
         tokenizer = build_tokenizer(cfg.tokenizer)
         self.accumulation = accumulation_steps(cfg, world.size)
-        self.global_batch = cfg.batch_size * world.size * self.accumulation
-        self.loader = build_loader("dataset", cfg.dataset, cfg, world, tokenizer)
-        self.loader_val = (
-            None if cfg.dataset_val is None else build_loader("dataset_val", cfg.dataset_val, cfg, world, tokenizer)
+        self.loader = build_loader(
+            "dataset", cfg.dataset, cfg, world, tokenizer, vocab_size=vocab_size, accumulation=self.accumulation
         )
-        self.steps_per_epoch = self.loader.steps_per_epoch(self.global_batch)
-        if cfg.max_steps_per_epoch is not None:
-            self.steps_per_epoch = min(self.steps_per_epoch, cfg.max_steps_per_epoch)
-        self.total_steps = self.steps_per_epoch * cfg.epochs
+        self.loader_val = (
+            None
+            if cfg.dataset_val is None
+            else build_loader("dataset_val", cfg.dataset_val, cfg, world, tokenizer, vocab_size=vocab_size)
+        )
+        self.epoch_starts = self._epoch_starts()
+        self.total_steps = self.epoch_starts[-1]
 
         model = build_model(cfg, total_steps=self.total_steps)
         self.spec = model.spec
-        self.loader.check_vocabulary(self.spec.vocab_size)
         set_trainable(model, cfg.trainable)
-        check_hf_config(self.checkpoint_dir, self.file_spec)
         if self.spec.leaks_future:
             log.warning(
                 "integral=sequence: future tokens reach the past. Training loss and ordinary validation loss are "
@@ -85,6 +88,7 @@ class Trainer:
             )
 
         self.step = 0
+        self._batches: Iterator[Batch] | None = None
         self.checkpoints = CheckpointManager(
             self.output_dir / "checkpoints", keep_last_n=cfg.keep_last_n_checkpoints, is_main=world.is_main
         )
@@ -112,11 +116,17 @@ class Trainer:
 
     # ------------------------------------------------------------------ building
 
-    @property
-    def file_spec(self) -> ModelSpec:
-        """The model as the pretrained files know it: with ``untie_lm_head`` their head is still the embedding
-        matrix."""
-        return dataclasses.replace(self.spec, tie_word_embeddings=True) if self.cfg.untie_lm_head else self.spec
+    def file_spec(self, spec: ModelSpec) -> ModelSpec:
+        """The model as the pretrained files know it: with ``untie_lm_head`` their head is still the embedding matrix."""
+        return dataclasses.replace(spec, tie_word_embeddings=True) if self.cfg.untie_lm_head else spec
+
+    def _epoch_starts(self) -> list[int]:
+        """The step at which each epoch begins, and last the number of all steps. With packing, epochs differ in length."""
+        starts = [0]
+        for epoch in range(self.cfg.epochs):
+            steps = self.loader.steps_per_epoch(epoch=epoch)
+            starts.append(starts[-1] + min(steps, self.cfg.max_steps_per_epoch or steps))
+        return starts
 
     def _load_model(self, model: LlamaDecoder) -> LlamaDecoder:
         cfg, world = self.cfg, self.world
@@ -132,7 +142,7 @@ class Trainer:
     def _weights(self, new_tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         yield from new_tensors.items()
         # After the start values: a folder of this project brings the method's trained tensors along.
-        for name, tensor in iter_hf_folder(self.checkpoint_dir, self.file_spec):
+        for name, tensor in iter_hf_folder(self.checkpoint_dir, self.file_spec(self.spec)):
             yield name, tensor
             if self.cfg.untie_lm_head and name == "tok_embeddings.weight":
                 yield "output.weight", tensor
@@ -147,7 +157,7 @@ class Trainer:
             **spec,
             **options,
             "trainable": sorted(self.cfg.trainable),
-            "global_batch_size": self.global_batch,
+            "global_batch_size": self.loader.global_batch,
             "max_seq_len": self.cfg.max_seq_len,
             "seed": self.cfg.seed,
         }
@@ -224,9 +234,7 @@ class Trainer:
         """One optimizer step; returns its scalars, its input tokens over all ranks and the seconds spent waiting for
         data."""
         start = time.perf_counter()
-        if self.step % self.steps_per_epoch == 0:
-            self.loader.start_epoch(self.step // self.steps_per_epoch)
-        batches = [self.loader.next_batch() for _ in range(self.accumulation)]
+        batches = self._next_batches()
         data_seconds = time.perf_counter() - start
 
         self.model.advance_schedule(self.step)
@@ -272,15 +280,19 @@ class Trainer:
         self.model.advance_schedule(self.step)
         return values, input_tokens, data_seconds
 
+    def _next_batches(self) -> list[Batch]:
+        """The micro-batches of the next optimizer step."""
+        if self._batches is None or self.step in self.epoch_starts:
+            if self.step in self.epoch_starts:
+                self.loader.start_epoch(self.epoch_starts.index(self.step))
+            self._batches = iter(self.loader)
+        return [next(self._batches) for _ in range(self.accumulation)]
+
     def _loss(self, batch: Batch) -> Tensor:
         """Sum of the token losses of a micro-batch."""
-        device = self.world.device
-        return self.model(
-            batch.tokens.to(device),
-            mask=DocumentMask(batch.lengths),
-            input_pos=batch.input_pos.to(device),
-            labels=batch.labels.to(device),
-        )
+        batch = batch.to(self.world.device)
+        mask = DocumentMask(batch.lengths)
+        return self.model(batch.tokens, mask=mask, input_pos=batch.input_pos, labels=batch.labels)
 
     @torch.no_grad()
     def validate(self) -> float:
@@ -288,7 +300,8 @@ class Trainer:
         assert self.loader_val is not None
         total = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         self.model.enable_diagnostics(False)
-        for batch in self.loader_val.epoch_batches():
+        self.loader_val.start_epoch(0)
+        for batch in self.loader_val:
             total[0] += self._loss(batch).double()
             total[1] += batch.num_label_tokens
         dist.all_reduce(total)
@@ -388,7 +401,7 @@ class Trainer:
 
 
 def _rows(batches: list[Batch]) -> list[int]:
-    return sorted({int(row) for batch in batches for row in batch.row_ids})
+    return sorted({int(row) for batch in batches for ids in batch.row_ids for row in ids})
 
 
 def _total_norm(parameters: list[torch.nn.Parameter]) -> float:
