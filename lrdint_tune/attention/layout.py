@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
+from lrdint_tune.attention.prefix_mean import PrefixMean
+
 
 class DocumentMask:
     """Block-diagonal causal mask of a packed batch, kept as document lengths instead of an ``N x N`` tensor.
@@ -113,6 +115,7 @@ class Layout:
         self.documents: DocumentMask | None = None
         self._dense: Tensor | None = None  # bool [B or 1, N, M]
         self._block: BlockMask | None = None
+        self._prefix_means: dict[torch.dtype, PrefixMean] = {}
 
         if isinstance(mask, DocumentMask):
             if mask.num_tokens != num_queries or offset:
@@ -174,6 +177,15 @@ class Layout:
         if self.documents is not None:
             return self.documents.input_pos(self.device) == 0
         return None
+
+    def prefix_mean(self, dtype: torch.dtype) -> PrefixMean:
+        """The prefix mean over the rows of each document, in float32 or float64; for calls without a cache."""
+        if dtype not in self._prefix_means:
+            shape = (1, self.num_queries)
+            starts = torch.zeros(shape, dtype=torch.bool, device=self.device) if self.starts is None else self.starts
+            counted = torch.ones(shape, dtype=torch.bool, device=self.device) if self.valid is None else self.valid
+            self._prefix_means[dtype] = PrefixMean(starts, counted, dtype)
+        return self._prefix_means[dtype]
 
     @cached_property
     def dense(self) -> Tensor:

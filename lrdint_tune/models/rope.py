@@ -9,10 +9,11 @@ from torchtune.modules import RotaryPositionalEmbeddings
 
 
 class ComplexRotation:
-    """Mixed into torchtune's RoPE modules: the same cache of angles and the same result, in two passes over memory instead of some thirty.
+    """Mixed into torchtune's RoPE modules: same cache of angles, same bits, fewer passes over memory.
 
-    torchtune spells the rotation out on the strided halves of each pair; its backward then fills a full-size zero tensor per half.
-    A differential method rotates two more streams per layer, which cost more than the rest of its arithmetic outside the kernels.
+    torchtune spells the rotation out on the strided halves of each pair, and its backward fills a full-size zero tensor
+    per half. A differential method rotates two more streams per layer; that was the largest part of its cost outside
+    the attention kernels.
     """
 
     cache: Tensor
@@ -27,9 +28,8 @@ class ComplexRotation:
             ``[B, N, heads, hd]`` in ``x.dtype``, computed in float32 (float64 for float64 ``x``).
         """
         angles = self.cache[: x.shape[1]] if input_pos is None else self.cache[input_pos]
-        turns = torch.view_as_complex(angles).unsqueeze(-2)  # cos + i sin, [N or B N, 1, hd / 2]
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
+        turns = torch.view_as_complex(_at_least_float32(angles)).unsqueeze(-2)  # cos + i sin, [N or B N, 1, hd / 2]
+        pairs = torch.view_as_complex(_at_least_float32(x).unflatten(-1, (-1, 2)))
         return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
 
 
@@ -39,3 +39,7 @@ class PlainRoPE(ComplexRotation, RotaryPositionalEmbeddings):
 
 class ScaledRoPE(ComplexRotation, Llama3ScaledRoPE):
     """Llama 3.1 and later, with its frequency scaling."""
+
+
+def _at_least_float32(t: Tensor) -> Tensor:
+    return t.to(torch.promote_types(t.dtype, torch.float32))  # there are no 16-bit complex numbers to speak of
