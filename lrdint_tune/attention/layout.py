@@ -163,7 +163,7 @@ class Layout:
         if self._dense is not None:
             first_key = self._dense.to(torch.uint8).argmax(-1)
             rows = torch.arange(self.num_queries, device=self._dense.device) + self.offset
-            return (first_key == rows) & self.valid
+            return (first_key == rows) & self._dense.any(-1)
         if self._block is not None:
             if self.input_pos is None:
                 raise ValueError(

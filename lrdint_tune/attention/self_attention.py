@@ -90,7 +90,7 @@ class DifferentialSelfAttention(nn.Module):
             head_dim=self.head_dim,
             dtype=dtype,
             streams=self.method.cached_streams,
-        ).to(self.q_proj.weight.device)  # type: ignore[arg-type,union-attr]  # nn.Module attributes are untyped
+        ).to(self.q_proj.weight.device)  # type: ignore[arg-type]  # nn.Module attributes are untyped
         self.cache_enabled = True
 
     def reset_cache(self) -> None:

@@ -29,7 +29,7 @@ class LlamaDecoder(TransformerDecoder):
         super().__init__(**kwargs)
         self.spec = spec
 
-    def forward(  # type: ignore[override]  # torchtune's encoder arguments have no use in a decoder-only model
+    def forward(
         self, tokens: Tensor, *, mask: MaskType = None, input_pos: Tensor | None = None, labels: Tensor | None = None
     ) -> Tensor:
         """

@@ -24,7 +24,7 @@ class PackPlan(Sequence[IntArray]):
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+    def __getitem__(self, index):
         return self.rows[self.offsets[index] : self.offsets[index + 1]]
 
     def checksum(self) -> int:
