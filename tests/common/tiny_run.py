@@ -53,7 +53,7 @@ def write_model(folder: Path, **changes: Any) -> LlamaDecoder:
 
 
 def write_run(folder: Path, **changes: Any) -> Path:
-    """Model, data and config in ``folder``; ``changes`` are config keys, ``__`` for the dot. Returns the config file."""
+    """Model, data and config in ``folder``; ``changes`` are config keys, ``__`` for the dot. Returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     model = folder / "model"
     if not model.exists():
