@@ -1,0 +1,211 @@
+"""The two operations every method is made of: masked softmax attention, and the mean over the rows of a document.
+
+Shapes throughout: ``B`` batch, ``N`` query rows, ``M`` keys, ``H`` query heads, ``K`` key/value heads (GQA, ``H % K == 0``), ``hd``
+head dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
+
+from lrdint_tune.attention.layout import Layout
+from lrdint_tune.errors import ConfigError
+
+
+class Backend(str, Enum):
+    """Which kernel computes ``softmax(q k^T s) v``.
+
+    ``eager`` materialises the ``N x N`` map (the reference, and what FLOP counters can see); ``sdpa`` is torch's fused kernel;
+    ``flex`` is FlexAttention (CUDA; forward only on CPU); ``auto`` takes ``flex`` for block masks and for packed documents on CUDA,
+    ``sdpa`` otherwise.
+    """
+
+    EAGER = "eager"
+    SDPA = "sdpa"
+    FLEX = "flex"
+    AUTO = "auto"
+
+    @classmethod
+    def parse(cls, name: str) -> Backend:
+        """Raises ConfigError for an unknown name."""
+        try:
+            return cls(name)
+        except ValueError:
+            raise ConfigError(
+                f"attention_backend={name!r}: unknown; choose one of {', '.join(b.value for b in cls)}"
+            ) from None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, scale: float, backend: Backend) -> Tensor:
+    """``softmax(q k^T * scale) v`` under the mask of ``layout``.
+
+    Args:
+        q: ``[B, H, N, hd]``.
+        k, v: ``[B, K, M, hd]``; shared by the ``H / K`` query heads of a group without being repeated.
+        layout: the mask.
+        scale: multiplier of the logits.
+        backend: the kernel.
+
+    Returns:
+        ``[B, H, N, hd]`` in ``q.dtype``. A row with no allowed key is 0 and passes no gradient.
+    """
+    if backend is Backend.AUTO:
+        packed_on_cuda = layout.documents is not None and q.is_cuda
+        backend = Backend.FLEX if layout.is_block_mask or packed_on_cuda else Backend.SDPA
+    out = _KERNELS[backend](q, k, v, layout, scale)
+    if layout.valid is not None:
+        out = out.masked_fill(~layout.valid[:, None, :, None], 0.0)
+    return out
+
+
+def _eager(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tensor:
+    b, h, n, hd = q.shape
+    groups = k.shape[1]
+    q = q.reshape(b, groups, (h // groups) * n, hd)  # the rows of a group's heads, one after another: no repeated K/V
+    logits = (q @ k.transpose(-1, -2) * scale).view(b, h, n, -1)
+    weights = logits.masked_fill(~layout.dense, float("-inf")).softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))
+    return (weights.to(q.dtype).view(b, groups, (h // groups) * n, -1) @ v).view(b, h, n, -1)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tensor:
+    gqa = q.shape[1] != k.shape[1]
+    if layout.is_plain_causal:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
+    if layout.documents is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=layout.dense, scale=scale, enable_gqa=gqa)
+    # One causal call per document: less work than a masked N x N call, and no N x N mask.
+    rows = []
+    for row, spans in enumerate(layout.documents.spans()):
+        parts = [
+            F.scaled_dot_product_attention(
+                q[row : row + 1, :, begin:end],
+                k[row : row + 1, :, begin:end],
+                v[row : row + 1, :, begin:end],
+                is_causal=True,
+                scale=scale,
+                enable_gqa=gqa,
+            )
+            for begin, end in spans
+        ]
+        rows.append(torch.cat(parts, dim=2))
+    return torch.cat(rows)
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tensor:
+    if not q.is_cuda and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        raise ConfigError(
+            f"attention_backend='flex' on device '{q.device.type}': FlexAttention has no backward there; use sdpa or eager"
+        )
+    return _compiled_flex()(
+        q, k, v, block_mask=layout.block_mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+@cache
+def _compiled_flex():  # type: ignore[no-untyped-def]  # torch.compile returns an untyped callable
+    # Uncompiled, flex_attention materialises the N x N map.
+    return torch.compile(flex_attention, dynamic=False)
+
+
+_KERNELS = {Backend.EAGER: _eager, Backend.SDPA: _sdpa, Backend.FLEX: _flex}
+
+
+@dataclass
+class RunningState:
+    """What the prefix mean needs to remember between decoding steps.
+
+    Attributes:
+        total: float32 ``[B, H, hd]``, the sum of the current document's rows so far.
+        count: float32 ``[B]``, how many rows that sum holds.
+    """
+
+    total: Tensor
+    count: Tensor
+
+
+def running_mean(o: Tensor, layout: Layout, state: RunningState | None = None) -> Tensor:
+    """Prefix mean over the rows of a document: ``out[i] = 1/c_i sum_{m <= i, same document} o[m]`` (methods.md 1.1).
+
+    With ``o = A1 v`` this is ``A3 v`` for the causal ``A3[i, j] = 1/(i+1) sum_{m <= i} A1[m, j]``: no ``N x N`` map.
+    Rows that may see no key (padding) are not counted.
+
+    Args:
+        o: ``[B, H, N, hd]``.
+        layout: documents and padding.
+        state: while decoding, the sums of the rows before this call; updated in place.
+
+    Returns:
+        ``[B, H, N, hd]`` in ``o.dtype``, accumulated in float32 (float64 for float64 input): a bf16 sum over thousands of
+        positions loses the result.
+    """
+    x = o.to(torch.promote_types(o.dtype, torch.float32))
+    if state is None and layout.is_plain_causal:
+        return _prefix_mean(x).to(o.dtype)
+    if state is None and layout.documents is not None:
+        rows = [
+            torch.cat([_prefix_mean(x[row : row + 1, :, begin:end]) for begin, end in spans], dim=2)
+            for row, spans in enumerate(layout.documents.spans())
+        ]
+        return torch.cat(rows).to(o.dtype)
+    return _segmented_mean(x, layout, state).to(o.dtype)
+
+
+def _prefix_mean(x: Tensor) -> Tensor:
+    counts = torch.arange(1, x.shape[2] + 1, device=x.device, dtype=x.dtype)
+    return x.cumsum(2) / counts[:, None]
+
+
+def _segmented_mean(x: Tensor, layout: Layout, state: RunningState | None) -> Tensor:
+    b, _, n, hd = x.shape
+    starts = layout.starts
+    if starts is None:
+        starts = torch.zeros(1, n, dtype=torch.bool, device=x.device)
+        starts[:, 0] = layout.offset == 0
+    starts = starts.expand(b, n)
+    ones = torch.ones(b, n, dtype=x.dtype, device=x.device)
+    weight = ones if layout.valid is None else layout.valid.to(x.dtype).expand(b, n)
+
+    weighted = x * weight[:, None, :, None]
+    total, count = weighted.cumsum(2), weight.cumsum(1)
+    # What had accumulated before the current document began is subtracted again.
+    rows = torch.arange(n, device=x.device).expand(b, n)
+    begin = torch.where(starts, rows, 0).cummax(1).values  # [B, N]
+    index = begin[:, None, :, None].expand_as(x)
+    total = total - (total - weighted).gather(2, index)
+    count = count - (count - weight).gather(1, begin)
+    if state is not None:
+        continuing = (starts.cumsum(1) == 0).to(x.dtype)  # rows of the document that began before this call
+        total = total + continuing[:, None, :, None] * state.total[:b, :, None].to(x.dtype)
+        count = count + continuing * state.count[:b, None].to(x.dtype)
+        state.total[:b] = total[:, :, -1].detach().to(state.total.dtype)
+        state.count[:b] = count[:, -1].to(state.count.dtype)
+    return total / count.clamp(min=1.0)[:, None, :, None]
+
+
+def document_mean(o: Tensor, layout: Layout) -> Tensor:
+    """The literal ``A3 v`` of the seeds: every row receives the mean over ALL rows of its document, future ones too.
+
+    This leaks the future into the past (methods.md 1.1) and exists only to measure that. Shapes and dtypes as
+    :func:`running_mean`; there is no cached form.
+    """
+    x = o.to(torch.promote_types(o.dtype, torch.float32))
+    b, _, n, _ = x.shape
+    starts = torch.zeros(1, n, dtype=torch.bool, device=x.device) if layout.starts is None else layout.starts
+    weight = torch.ones(1, n, dtype=x.dtype, device=x.device) if layout.valid is None else layout.valid.to(x.dtype)
+    ids = starts.cumsum(1).expand(b, n)
+    weight = weight.expand(b, n)
+    totals = x.new_zeros(b, n + 1, *x.shape[1::2])  # [B, documents, H, hd]
+    counts = x.new_zeros(b, n + 1)
+    rows = torch.arange(b, device=x.device)[:, None].expand(b, n)
+    totals = totals.index_put((rows, ids), (x * weight[:, None, :, None]).transpose(1, 2), accumulate=True)
+    counts = counts.index_put((rows, ids), weight, accumulate=True)
+    means = totals / counts.clamp(min=1.0)[:, :, None, None]
+    return means[rows, ids].transpose(1, 2).to(o.dtype)
+

@@ -1,0 +1,212 @@
+"""What may attend to what: documents, padding and caches, normalised once per forward.
+
+Every method asks the same two questions, "which keys may a row see" and "where does its document begin". They are answered here, in
+one place, so that causality, packing and padding hold for all methods or for none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+
+class DocumentMask:
+    """Block-diagonal causal mask of a packed batch, kept as document lengths instead of an ``N x N`` tensor.
+
+    Accepted wherever a ``mask`` is accepted. Token ``i`` may attend to token ``j`` iff ``j <= i`` and both lie in the same document.
+
+    Args:
+        lengths: for each of the ``B`` rows the lengths of its documents, in order; every row sums to the same ``N``.
+
+    Raises:
+        ValueError: if there is no row, a length is not positive, or the rows do not sum to the same ``N``.
+    """
+
+    def __init__(self, lengths: Sequence[Sequence[int]]) -> None:
+        self.lengths = tuple(tuple(int(n) for n in row) for row in lengths)
+        totals = {sum(row) for row in self.lengths}
+        if len(totals) != 1 or any(n <= 0 for row in self.lengths for n in row):
+            raise ValueError(f"document lengths must be positive and sum to one N in every row; got {self.lengths}")
+        self.num_tokens = totals.pop()
+
+    def __repr__(self) -> str:
+        return f"DocumentMask(lengths={self.lengths})"
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def is_plain_causal(self) -> bool:
+        """True when every row is one single document."""
+        return all(len(row) == 1 for row in self.lengths)
+
+    def spans(self) -> list[list[tuple[int, int]]]:
+        """Per row the ``(begin, end)`` token span of each document."""
+        rows = []
+        for lengths in self.lengths:
+            ends = torch.tensor(lengths).cumsum(0).tolist()
+            rows.append([(end - n, end) for end, n in zip(ends, lengths, strict=True)])
+        return rows
+
+    def document_ids(self, device: torch.device | str = "cpu") -> Tensor:
+        """int64 ``[B, N]``: the index of each token's document within its row."""
+        rows = [torch.repeat_interleave(torch.arange(len(r)), torch.tensor(r)) for r in self.lengths]
+        return torch.stack(rows).to(device)
+
+    def input_pos(self, device: torch.device | str = "cpu") -> Tensor:
+        """int64 ``[B, N]``: positions that restart at 0 with each document."""
+        rows = [torch.cat([torch.arange(n) for n in r]) for r in self.lengths]
+        return torch.stack(rows).to(device)
+
+    def to_dense(self, device: torch.device | str = "cpu") -> Tensor:
+        """bool ``[B, N, N]``, True where attention is allowed."""
+        ids = self.document_ids(device)
+        causal = torch.ones(self.num_tokens, self.num_tokens, dtype=torch.bool, device=device).tril()
+        return (ids[:, :, None] == ids[:, None, :]) & causal
+
+
+MaskType: TypeAlias = "Tensor | BlockMask | DocumentMask | None"
+
+
+class Layout:
+    """A mask in normal form, shared by all layers of one forward.
+
+    Notation: ``N`` query rows of this call, ``M`` keys they may see (``M = offset + N`` while decoding from a cache, else ``M = N``).
+
+    Args:
+        mask: None (causal), bool ``[B, N, M]`` (True = may attend), a ``BlockMask`` or a :class:`DocumentMask`.
+        input_pos: int ``[B, N]`` or ``[N]`` or None. Needed with a ``BlockMask``, which does not show where documents begin.
+        num_queries: ``N``.
+        offset: tokens already in the KV cache.
+        device: where masks are built.
+
+    A document begins at a row that may see no key before itself (dense mask) or whose ``input_pos`` is 0 (``BlockMask``).
+
+    Raises:
+        ValueError: if the mask's shape does not fit ``N`` and the number of keys.
+    """
+
+    def __init__(
+        self,
+        mask: MaskType,
+        input_pos: Tensor | None,
+        *,
+        num_queries: int,
+        offset: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.num_queries = num_queries
+        self.offset = offset
+        self.num_keys = offset + num_queries
+        self.device = torch.device(device)
+        self.input_pos = input_pos
+        self.documents: DocumentMask | None = None
+        self._dense: Tensor | None = None  # bool [B or 1, N, M]
+        self._block: BlockMask | None = None
+
+        if isinstance(mask, DocumentMask):
+            if mask.num_tokens != num_queries or offset:
+                raise ValueError(
+                    f"DocumentMask covers {mask.num_tokens} tokens but the input has {num_queries} (cached: {offset}); "
+                    "pass a dense mask while decoding from a cache"
+                )
+            if input_pos is None:
+                self.input_pos = mask.input_pos(device)
+            if not mask.is_plain_causal:
+                self.documents = mask
+        elif isinstance(mask, BlockMask):
+            self._block = mask
+        elif mask is not None:
+            if mask.dtype != torch.bool or mask.dim() != 3 or mask.shape[1] != num_queries:
+                raise ValueError(
+                    f"mask must be bool [B, {num_queries}, keys], True where attention is allowed; "
+                    f"got {mask.dtype} {list(mask.shape)}"
+                )
+            if mask.shape[2] < self.num_keys or (offset == 0 and mask.shape[2] != num_queries and bool(mask[..., num_queries:].any())):
+                raise ValueError(f"mask has {mask.shape[2]} key columns but {self.num_keys} keys exist")
+            # A cache may be longer than what it holds: columns past the held keys carry nothing.
+            self._dense = mask[:, :, : self.num_keys]
+        elif offset:
+            rows = torch.arange(num_queries, device=device)[:, None] + offset
+            self._dense = (torch.arange(self.num_keys, device=device)[None, :] <= rows)[None]
+
+    @property
+    def is_plain_causal(self) -> bool:
+        """True when a fused kernel's own causal flag says all there is to say."""
+        return self._dense is None and self._block is None and self.documents is None
+
+    @property
+    def is_block_mask(self) -> bool:
+        return self._block is not None
+
+    @cached_property
+    def valid(self) -> Tensor | None:
+        """bool ``[B or 1, N]``, False for rows that may see no key (padding); None when every row sees at least itself."""
+        return None if self._dense is None else self._dense.any(-1)
+
+    @cached_property
+    def starts(self) -> Tensor | None:
+        """bool ``[B or 1, N]``, True where a document begins; None for one document per row that begins at row 0."""
+        if self._dense is not None:
+            first_key = self._dense.to(torch.uint8).argmax(-1)
+            rows = torch.arange(self.num_queries, device=self._dense.device) + self.offset
+            return (first_key == rows) & self.valid
+        if self._block is not None:
+            if self.input_pos is None:
+                raise ValueError(
+                    "mask is a BlockMask and input_pos is None: pass input_pos (restarting at 0 with each document), "
+                    "a BlockMask alone does not show where documents begin"
+                )
+            return (self.input_pos == 0).view(-1, self.num_queries)
+        if self.documents is not None:
+            return self.documents.input_pos(self.device) == 0
+        return None
+
+    @cached_property
+    def dense(self) -> Tensor:
+        """bool ``[B or 1, 1, N, M]``. A row without any allowed key sees key 0, to keep its softmax finite: its output is zeroed."""
+        if self._block is not None:
+            raise ValueError("a BlockMask needs attention_backend flex (or auto)")
+        if self.documents is not None:
+            return self.documents.to_dense(self.device)[:, None]
+        if self._dense is None:
+            n = self.num_queries
+            return torch.ones(n, n, dtype=torch.bool, device=self.device).tril()[None, None]
+        assert self.valid is not None
+        column = torch.arange(self.num_keys, device=self._dense.device) == 0
+        return (self._dense | (~self.valid[..., None] & column))[:, None]
+
+    @cached_property
+    def block_mask(self) -> BlockMask:
+        """The mask as FlexAttention wants it; no ``N x N`` tensor unless the user gave one."""
+        if self._block is not None:
+            return self._block
+        if self.documents is not None:
+            ids = self.documents.document_ids(self.device)
+
+            def same_document(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+                return (ids[b, i] == ids[b, j]) & (j <= i)
+
+            return create_block_mask(
+                same_document, ids.shape[0], None, self.num_queries, self.num_keys, device=str(self.device)
+            )
+        if self._dense is not None:
+            dense = self.dense
+            shared = dense.shape[0] == 1
+
+            def allowed(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+                return dense[0 if shared else b, 0, i, j]
+
+            batch = None if shared else dense.shape[0]
+            return create_block_mask(allowed, batch, None, self.num_queries, self.num_keys, device=str(self.device))
+
+        def causal(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return j <= i
+
+        return create_block_mask(causal, None, None, self.num_queries, self.num_keys, device=str(self.device))

@@ -1,0 +1,58 @@
+"""DINT: DIFF plus the integral term that restores the row sums (seeds 000, 001)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from lrdint_tune.attention.context import AttentionContext
+from lrdint_tune.attention.methods.base import AttentionShape
+from lrdint_tune.attention.methods.diff import Diff
+from lrdint_tune.errors import ConfigError
+
+INTEGRALS = ("causal", "sequence")
+
+
+class Dint(Diff):
+    """``out = (A1 - λ A2 + λ A3) v = O1 + λ (mean(O1) - O2)`` (methods.md 1).
+
+    ``integral: causal`` (default) takes for ``A3`` the mean over the rows up to and including the current one, which is the seeds'
+    formula read on the prefix. ``integral: sequence`` is the formula as printed, the mean over ALL rows: it lets row ``i`` attend to
+    later keys, with weights computed from later queries. It exists to measure that leak and is refused unless
+    ``allow_future_leak`` is set; generation and export refuse it in any case.
+
+    Args:
+        shape: the layer's sizes.
+        integral: ``causal | sequence``.
+        allow_future_leak: must be True for ``integral: sequence``.
+        options: those of :class:`~lrdint_tune.attention.methods.diff.Diff`.
+
+    Raises:
+        ConfigError: for a bad option value, or ``integral: sequence`` without ``allow_future_leak: true``.
+    """
+
+    name = "dint"
+
+    def __init__(
+        self, shape: AttentionShape, *, integral: str = "causal", allow_future_leak: bool = False, **options: Any
+    ) -> None:
+        if integral not in INTEGRALS:
+            raise ConfigError(f"integral={integral!r}: unknown; choose one of {', '.join(INTEGRALS)}")
+        leaks = integral == "sequence"
+        if leaks and not allow_future_leak:
+            raise ConfigError(
+                "integral='sequence': averages over future rows, so future tokens reach the past and the loss is not a "
+                "language-model loss; use integral=causal, or set allow_future_leak=true to measure the leak"
+            )
+        if allow_future_leak and not leaks:
+            raise ConfigError("allow_future_leak=True: has no effect with integral='causal'; remove it")
+        super().__init__(shape, **options)
+        self.leaks_future = leaks
+
+    def forward(self, ctx: AttentionContext) -> Tensor:
+        o1, o2 = self.signal_and_noise(ctx)
+        mean = ctx.document_mean(o1) if self.leaks_future else ctx.running_mean(o1)
+        lam = self.lam(ctx.x)
+        self.observe(lam, o1, o2)
+        return o1 + lam * (mean - o2)

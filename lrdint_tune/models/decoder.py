@@ -1,0 +1,118 @@
+"""A torchtune decoder that knows about its methods, and can return a loss without ever holding the logits."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn import LinearCrossEntropyOptions
+from torchtune.modules import TransformerDecoder
+
+from lrdint_tune.attention import AttentionMethod, DifferentialSelfAttention, Layout
+from lrdint_tune.attention.layout import MaskType
+from lrdint_tune.models.spec import ModelSpec
+
+IGNORE_INDEX = -100
+
+
+class LlamaDecoder(TransformerDecoder):
+    """torchtune's ``TransformerDecoder`` with differential attention.
+
+    Args:
+        spec: what was built, for weight mapping, export and checks.
+        kwargs: those of ``TransformerDecoder``.
+    """
+
+    def __init__(self, spec: ModelSpec, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.spec = spec
+
+    def forward(  # type: ignore[override]  # torchtune's encoder arguments have no use in a decoder-only model
+        self, tokens: Tensor, *, mask: MaskType = None, input_pos: Tensor | None = None, labels: Tensor | None = None
+    ) -> Tensor:
+        """
+        Args:
+            tokens: int64 ``[B, N]``.
+            mask: None (causal), bool ``[B, N, M]``, ``BlockMask`` or :class:`~lrdint_tune.attention.DocumentMask`.
+            input_pos: int64 ``[B, N]`` or ``[N]``; restarts at 0 with each packed document.
+            labels: int64 ``[B, N]``, already shifted (``labels[i]`` is what position ``i`` must predict); -100 is ignored.
+
+        Returns:
+            Without labels the logits, float32 ``[B, N, vocab]``. With labels the SUM of the token losses in nats, a float32 scalar,
+            computed chunk by chunk so that ``[tokens, vocab]`` never exists whole.
+
+        Raises:
+            ValueError: too long an input, or a mask or positions that do not fit.
+        """
+        self._validate_inputs(tokens.shape[1], mask=cast(Any, mask), input_pos=input_pos)
+        offset = self.attention(0).kv_cache.size if self.caches_are_enabled() else 0  # type: ignore[union-attr]
+        # Built once: the layers share what is derived from it.
+        layout = Layout(mask, input_pos, num_queries=tokens.shape[1], offset=offset, device=tokens.device)
+        h = self.tok_embeddings(tokens)
+        for layer in self.layers:
+            h = layer(h, mask=layout, input_pos=layout.input_pos)
+        h = self.norm(h)
+        if labels is None:
+            logits = self.output(h)
+            return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return summed_cross_entropy(h, self.output_weight, labels)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """The output head's weight ``[vocab, D]``, the embeddings' own when they are tied."""
+        head = self.output if isinstance(self.output, nn.Linear) else self.tok_embeddings
+        return head.weight
+
+    def attention(self, layer: int) -> DifferentialSelfAttention:
+        return cast(DifferentialSelfAttention, cast(Any, self.layers[layer]).attn)
+
+    def methods(self) -> list[AttentionMethod]:
+        """Each layer's method, in order."""
+        return [self.attention(i).method for i in range(len(self.layers))]
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """The new tensors only: name -> parameter."""
+        return {name: p for name, p in self.named_parameters() if is_new_tensor(name)}
+
+    def advance_schedule(self, step: int) -> None:
+        """Set the λ schedules to ``step`` optimizer steps done. Without effect for methods that have none."""
+        for method in self.methods():
+            method.advance_schedule(step)
+
+    def enable_diagnostics(self, enabled: bool = True) -> None:
+        """Make the following forwards keep (or no longer keep) the scalars that :meth:`diagnostics` returns."""
+        for method in self.methods():
+            method.diagnostics = {} if enabled else None
+
+    def diagnostics(self) -> dict[str, Tensor]:
+        """Scalars of the last forward with diagnostics enabled, ``layers.{i}/{name}`` -> 0-dim float32: λ over heads, ||O2||/||O1||."""
+        return {
+            f"layers.{i}/{name}": value
+            for i, method in enumerate(self.methods())
+            for name, value in (method.diagnostics or {}).items()
+        }
+
+
+def is_new_tensor(name: str) -> bool:
+    """True for the state-dict name of a tensor that a method brought, False for one of the pretrained model."""
+    return ".attn.method." in name
+
+
+def summed_cross_entropy(h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """``sum_i -log softmax(h_i W^T)[labels_i]`` over the labelled positions.
+
+    Args:
+        h: ``[B, N, D]``.
+        weight: ``[vocab, D]``.
+        labels: int64 ``[B, N]``, -100 ignored.
+
+    Returns:
+        float32 scalar (float64 for float64 ``h``), in nats.
+    """
+    h, labels = h.flatten(0, 1), labels.flatten()
+    # Pays only where the vocabulary outweighs the width; torch says so of its own chunked path.
+    options = LinearCrossEntropyOptions() if weight.shape[0] > h.shape[1] else None
+    loss = F.linear_cross_entropy(h, weight, labels, reduction="sum", ignore_index=IGNORE_INDEX, options=options)
+    return loss.to(torch.promote_types(loss.dtype, torch.float32))
