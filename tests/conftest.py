@@ -28,6 +28,13 @@ def seed() -> Iterator[None]:
     yield
 
 
+@pytest.fixture
+def uncompiled() -> Iterator[None]:
+    """torch.compile'd callables run eagerly: FlexAttention's masks and results without half a minute of compilation."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Path of the shared test data; skips the test where it is absent."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
-from lrdint_tune.attention.core import DocumentMask
+from lrdint_tune.attention import DocumentMask
 from tests.common.reference import Rows
 
 BATCH, LENGTH = 2, 12

@@ -95,7 +95,7 @@ def row_mean_matrix(rows: Rows, integral: str) -> Tensor:
         counted = counted & torch.ones(n, n, dtype=torch.bool).tril()
     elif integral != "sequence":
         raise ValueError(f"unknown integral {integral!r}")
-    return counted / counted.sum(-1, keepdim=True).clamp(min=1)
+    return counted.double() / counted.sum(-1, keepdim=True).clamp(min=1)
 
 
 def reference_lambda(form: str, p: Tensor, *, lam_init: float = 0.8, step: float = 0, anneal_steps: int = 1) -> Tensor:

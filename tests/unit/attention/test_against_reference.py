@@ -109,15 +109,12 @@ def test_every_option(method: str, lam: str, factors: str, scale: str | float) -
     if form == "annealed":
         options |= {"anneal_steps": 10, "lam_init": 0.5}
     if form == "fixed":
-        options |= {"lam_init": -0.3}
+        options |= {"lam_init": -0.3125}
     options |= {"rank": None} if factors == "full" else {"rank": 3, "factors": factors}
     compare(options, layout_case("packed"), step=4)
 
 
-@pytest.mark.parametrize("layout", [*LAYOUTS, "packed_block"])
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("heads", HEADS)
-def test_flex_forward(heads: str, method: str, layout: str) -> None:
+def compare_flex(heads: str, method: str, layout: str) -> None:
     """FlexAttention has no backward on CPU, and float32 only."""
     options = {**METHODS[method], "num_kv_heads": HEADS[heads], "attention_backend": "flex"}
     case = layout_case(layout)
@@ -128,6 +125,20 @@ def test_flex_forward(heads: str, method: str, layout: str) -> None:
         want, _, _ = expected(model, x.double(), case, options)
         got = attention(x, x, mask=case.mask, input_pos=case.input_pos)
     torch.testing.assert_close(got, want.float(), rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("layout", [*LAYOUTS, "packed_block"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("heads", HEADS)
+def test_flex_forward(heads: str, method: str, layout: str) -> None:
+    compare_flex(heads, method, layout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["causal", "packed"])
+def test_flex_forward_compiled(layout: str) -> None:
+    compare_flex("gqa", "dint", layout)
 
 
 def test_torchtune_layer_calls_it() -> None:

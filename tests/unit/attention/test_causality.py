@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lrdint_tune.attention.core import DocumentMask
+from lrdint_tune.attention import DocumentMask
 from tests.common.models import TINY, tiny_model, wake
 
 LENGTH = 20
@@ -35,6 +35,7 @@ def change_before_after(options: dict[str, Any], backend: str, first_changed: in
     return difference[:, :first_changed].amax(), difference[:, first_changed].amax()
 
 
+@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
 @pytest.mark.parametrize("backend", ["eager", "sdpa", "flex", "auto"])
 @pytest.mark.parametrize("method", METHODS)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from lrdint_tune.attention.core import DocumentMask
+from lrdint_tune.attention import DocumentMask
 from tests.common.models import TINY, tiny_model, wake
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -18,6 +18,7 @@ METHODS: dict[str, dict[str, Any]] = {
 LENGTHS = [[6, 1, 9], [11, 5]]
 
 
+@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("with_positions", [True, False], ids=["restarting", "running"])
 @pytest.mark.parametrize("dense", [False, True], ids=["document_mask", "dense_mask"])
 @pytest.mark.parametrize("backend", ["eager", "sdpa", "flex"])
