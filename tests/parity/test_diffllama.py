@@ -15,7 +15,8 @@ from tests.common.hf import interleave
 from tests.common.models import ROPE_BASE, attention_of, tiny_model
 from tests.common.reference import rope_frequencies
 
-EMBED, HEADS, HEAD_DIM, LENGTH, LAYER = 32, 8, 8, 18, 3
+EMBED, HEADS, HEAD_DIM, LENGTH = 32, 8, 8, 18
+LAM = 0.625  # exact in float32
 
 
 def their_attention(kv_heads: int, implementation: str) -> DiffLlamaAttention:
@@ -26,11 +27,12 @@ def their_attention(kv_heads: int, implementation: str) -> DiffLlamaAttention:
         head_dim=HEAD_DIM,
         attn_implementation=implementation,
     )
-    theirs = DiffLlamaAttention(config, layer_idx=LAYER).double().eval()
+    theirs = DiffLlamaAttention(config, layer_idx=0).double().eval()
     theirs.groupnorm = nn.Identity()
+    theirs.lambda_init = LAM
     with torch.no_grad():
         for parameter in (theirs.lambda_q1, theirs.lambda_k1, theirs.lambda_q2, theirs.lambda_k2):
-            parameter.zero_()  # lambda = exp(0) - exp(0) + lambda_init
+            parameter.zero_()  # lambda = exp(0) - exp(0) + LAM
     return theirs
 
 
@@ -39,7 +41,7 @@ def run_theirs(theirs: DiffLlamaAttention, x: Tensor) -> Tensor:
     angles = torch.cat([angles, angles], dim=-1)[None]
     causal = torch.full((LENGTH, LENGTH), -torch.inf, dtype=torch.float64).triu(1)[None, None]
     out, _ = theirs(x, (angles.cos(), angles.sin()), attention_mask=causal)
-    return out / (1 - theirs.lambda_init)
+    return out / (1 - LAM)
 
 
 def copy_weights(theirs: DiffLlamaAttention, ours: nn.Module, kv_heads: int) -> None:
@@ -77,13 +79,12 @@ def test_full_rank_diff_equals_diffllama(backend: str, implementation: str, kv_h
         rank=None,
         secondary_scale="standard",
         lam="fixed",
-        lam_init=theirs.lambda_init,
+        lam_init=LAM,
     )
     ours = attention_of(model)
     x = torch.randn(2, LENGTH, EMBED, dtype=torch.float64)
     with torch.no_grad():
         copy_weights(theirs, ours, kv_heads)
         want, got = run_theirs(theirs, x), ours(x, x)
-    assert theirs.lambda_init > 0.5
     # Their eager path takes its softmax in float32.
     torch.testing.assert_close(got, want, rtol=0, atol=1e-6 if implementation == "eager" else 1e-12)

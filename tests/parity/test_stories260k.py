@@ -11,7 +11,7 @@ import torch
 from lrdint_tune.models.decoder import LlamaDecoder
 from tests.common.stories260k import TOKENIZER_FILE, greedy_sample, stories260k
 
-NEW_TOKENS = 200
+NEW_TOKENS = 256  # the whole printed sample
 
 
 @torch.no_grad()
