@@ -45,7 +45,9 @@ class AttentionCache(nn.Module):
         for name in ("k", "v", *streams):
             self.register_buffer(f"{name}_cache", torch.zeros(shape, dtype=dtype), persistent=False)
         sums = torch.promote_types(dtype, torch.float32)
-        self.register_buffer("running_total", torch.zeros(batch_size, num_heads, head_dim, dtype=sums), persistent=False)
+        self.register_buffer(
+            "running_total", torch.zeros(batch_size, num_heads, head_dim, dtype=sums), persistent=False
+        )
         self.register_buffer("running_count", torch.zeros(batch_size, dtype=sums), persistent=False)
 
     @property

@@ -16,7 +16,8 @@ Rope = Callable[..., Tensor]
 class AttentionContext:
     """One layer's forward, seen from a method.
 
-    Masks, GQA, documents, padding, RoPE, KV caches and kernels are dealt with behind these calls, so a method is only its formula.
+    Masks, GQA, documents, padding, RoPE, KV caches and kernels are dealt with behind these calls, so a method is only
+    its formula.
 
     Attributes:
         x: ``[B, N, D]``, the layer's (normalised) input.

@@ -1,7 +1,7 @@
 """The two operations every method is made of: masked softmax attention, and the mean over the rows of a document.
 
-Shapes throughout: ``B`` batch, ``N`` query rows, ``M`` keys, ``H`` query heads, ``K`` key/value heads (GQA, ``H % K == 0``), ``hd``
-head dim.
+Shapes throughout: ``B`` batch, ``N`` query rows, ``M`` keys, ``H`` query heads, ``K`` key/value heads (GQA, ``H % K ==
+0``), ``hd`` head dim.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from lrdint_tune.errors import ConfigError
 class Backend(str, Enum):
     """Which kernel computes ``softmax(q k^T s) v``.
 
-    ``eager`` materialises the ``N x N`` map (the reference, and what FLOP counters can see); ``sdpa`` is torch's fused kernel;
-    ``flex`` is FlexAttention (CUDA; forward only on CPU); ``auto`` takes ``flex`` for block masks and for packed documents on CUDA,
-    ``sdpa`` otherwise.
+    ``eager`` materialises the ``N x N`` map (the reference, and what FLOP counters can see); ``sdpa`` is torch's fused
+    kernel; ``flex`` is FlexAttention (CUDA; forward only on CPU); ``auto`` takes ``flex`` for block masks and for
+    packed documents on CUDA, ``sdpa`` otherwise.
     """
 
     EAGER = "eager"
@@ -70,7 +70,9 @@ def _eager(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Ten
     groups = k.shape[1]
     q = q.reshape(b, groups, (h // groups) * n, hd)  # the rows of a group's heads, one after another: no repeated K/V
     logits = (q @ k.transpose(-1, -2) * scale).view(b, h, n, -1)
-    weights = logits.masked_fill(~layout.dense, float("-inf")).softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))
+    weights = logits.masked_fill(~layout.dense, float("-inf")).softmax(
+        -1, dtype=torch.promote_types(q.dtype, torch.float32)
+    )
     return (weights.to(q.dtype).view(b, groups, (h // groups) * n, -1) @ v).view(b, h, n, -1)
 
 
@@ -101,11 +103,10 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tens
 def _flex(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tensor:
     if not q.is_cuda and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise ConfigError(
-            f"attention_backend='flex' on device '{q.device.type}': FlexAttention has no backward there; use sdpa or eager"
+            f"attention_backend='flex' on device '{q.device.type}': FlexAttention has no backward there; use sdpa or "
+            "eager"
         )
-    return _compiled_flex()(
-        q, k, v, block_mask=layout.block_mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    return _compiled_flex()(q, k, v, block_mask=layout.block_mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
 
 
 @cache
@@ -142,8 +143,8 @@ def running_mean(o: Tensor, layout: Layout, state: RunningState | None = None) -
         state: while decoding, the sums of the rows before this call; updated in place.
 
     Returns:
-        ``[B, H, N, hd]`` in ``o.dtype``, accumulated in float32 (float64 for float64 input): a bf16 sum over thousands of
-        positions loses the result.
+        ``[B, H, N, hd]`` in ``o.dtype``, accumulated in float32 (float64 for float64 input): a bf16 sum over thousands
+        of positions loses the result.
     """
     x = o.to(torch.promote_types(o.dtype, torch.float32))
     if state is None and layout.is_plain_causal:
@@ -208,4 +209,3 @@ def document_mean(o: Tensor, layout: Layout) -> Tensor:
     counts = counts.index_put((rows, ids), weight, accumulate=True)
     means = totals / counts.clamp(min=1.0)[:, :, None, None]
     return means[rows, ids].transpose(1, 2).to(o.dtype)
-

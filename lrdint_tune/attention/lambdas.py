@@ -1,7 +1,8 @@
 """How strongly the noise map is subtracted: the parameterisations of λ (methods.md 2).
 
-A form is a module whose ``forward(x)`` returns λ ready to multiply attention outputs, broadcastable to ``[B, H, N, hd]``. Parameters
-are float32 and one-dimensional (FSDP2 shards no 0-dim parameter); the trainer gives them their own optimizer group without weight decay.
+A form is a module whose ``forward(x)`` returns λ ready to multiply attention outputs, broadcastable to ``[B, H, N,
+hd]``. Parameters are float32 and one-dimensional (FSDP2 shards no 0-dim parameter); the trainer gives them their own
+optimizer group without weight decay.
 """
 
 from __future__ import annotations
@@ -70,8 +71,8 @@ class Learned(LambdaForm):
 class Annealed(LambdaForm):
     """``λ(t) = (1 - α) (t/T) λ_init + α p`` with ``α = min(1, t/T)``, ``p`` starting at 0 (seed 002 eq. 3).
 
-    ``t`` is the number of optimizer steps done, held in the buffer ``step`` (float32 ``[1]``, saved with the model); ``T`` is
-    ``anneal_steps``. At ``t >= T`` λ is ``p`` alone.
+    ``t`` is the number of optimizer steps done, held in the buffer ``step`` (float32 ``[1]``, saved with the model);
+    ``T`` is ``anneal_steps``. At ``t >= T`` λ is ``p`` alone.
     """
 
     name = "annealed"
@@ -99,7 +100,8 @@ class Annealed(LambdaForm):
 
 
 class Fixed(LambdaForm):
-    """``λ = lam_init``, a constant (DiffLoRA's stable variant: 0.1). Not the identity at step 0 unless ``lam_init`` is 0."""
+    """``λ = lam_init``, a constant (DiffLoRA's stable variant: 0.1). Not the identity at step 0 unless ``lam_init`` is
+    0."""
 
     name = "fixed"
     default_init = 0.1
@@ -150,5 +152,7 @@ def build_lambda(
             raise ConfigError(f"anneal_steps={steps}: must be at least 1 optimizer step")
         return Annealed(count, init, steps)
     if anneal_steps is not None:
-        raise ConfigError(f"anneal_steps={anneal_steps}: has no effect with lam={form!r}; remove it or set lam=annealed")
+        raise ConfigError(
+            f"anneal_steps={anneal_steps}: has no effect with lam={form!r}; remove it or set lam=annealed"
+        )
     return cls(count, init)

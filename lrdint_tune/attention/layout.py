@@ -1,7 +1,7 @@
 """What may attend to what: documents, padding and caches, normalised once per forward.
 
-Every method asks the same two questions, "which keys may a row see" and "where does its document begin". They are answered here, in
-one place, so that causality, packing and padding hold for all methods or for none.
+Every method asks the same two questions, "which keys may a row see" and "where does its document begin". They are
+answered here, in one place, so that causality, packing and padding hold for all methods or for none.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 class DocumentMask:
     """Block-diagonal causal mask of a packed batch, kept as document lengths instead of an ``N x N`` tensor.
 
-    Accepted wherever a ``mask`` is accepted. Token ``i`` may attend to token ``j`` iff ``j <= i`` and both lie in the same document.
+    Accepted wherever a ``mask`` is accepted. Token ``i`` may attend to token ``j`` iff ``j <= i`` and both lie in the
+    same document.
 
     Args:
         lengths: for each of the ``B`` rows the lengths of its documents, in order; every row sums to the same ``N``.
@@ -77,16 +78,19 @@ MaskType: TypeAlias = "Tensor | BlockMask | DocumentMask | None"
 class Layout:
     """A mask in normal form, shared by all layers of one forward.
 
-    Notation: ``N`` query rows of this call, ``M`` keys they may see (``M = offset + N`` while decoding from a cache, else ``M = N``).
+    Notation: ``N`` query rows of this call, ``M`` keys they may see (``M = offset + N`` while decoding from a cache,
+    else ``M = N``).
 
     Args:
         mask: None (causal), bool ``[B, N, M]`` (True = may attend), a ``BlockMask`` or a :class:`DocumentMask`.
-        input_pos: int ``[B, N]`` or ``[N]`` or None. Needed with a ``BlockMask``, which does not show where documents begin.
+        input_pos: int ``[B, N]`` or ``[N]`` or None. Needed with a ``BlockMask``, which does not show where documents
+            begin.
         num_queries: ``N``.
         offset: tokens already in the KV cache.
         device: where masks are built.
 
-    A document begins at a row that may see no key before itself (dense mask) or whose ``input_pos`` is 0 (``BlockMask``).
+    A document begins at a row that may see no key before itself (dense mask) or whose ``input_pos`` is 0
+    (``BlockMask``).
 
     Raises:
         ValueError: if the mask's shape does not fit ``N`` and the number of keys.
@@ -128,7 +132,9 @@ class Layout:
                     f"mask must be bool [B, {num_queries}, keys], True where attention is allowed; "
                     f"got {mask.dtype} {list(mask.shape)}"
                 )
-            if mask.shape[2] < self.num_keys or (offset == 0 and mask.shape[2] != num_queries and bool(mask[..., num_queries:].any())):
+            if mask.shape[2] < self.num_keys or (
+                offset == 0 and mask.shape[2] != num_queries and bool(mask[..., num_queries:].any())
+            ):
                 raise ValueError(f"mask has {mask.shape[2]} key columns but {self.num_keys} keys exist")
             # A cache may be longer than what it holds: columns past the held keys carry nothing.
             self._dense = mask[:, :, : self.num_keys]
@@ -147,7 +153,8 @@ class Layout:
 
     @cached_property
     def valid(self) -> Tensor | None:
-        """bool ``[B or 1, N]``, False for rows that may see no key (padding); None when every row sees at least itself."""
+        """bool ``[B or 1, N]``, False for rows that may see no key (padding); None when every row sees at least
+        itself."""
         return None if self._dense is None else self._dense.any(-1)
 
     @cached_property
@@ -170,7 +177,8 @@ class Layout:
 
     @cached_property
     def dense(self) -> Tensor:
-        """bool ``[B or 1, 1, N, M]``. A row without any allowed key sees key 0, to keep its softmax finite: its output is zeroed."""
+        """bool ``[B or 1, 1, N, M]``. A row without any allowed key sees key 0, to keep its softmax finite: its output
+        is zeroed."""
         if self._block is not None:
             raise ValueError("a BlockMask needs attention_backend flex (or auto)")
         if self.documents is not None:

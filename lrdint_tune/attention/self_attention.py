@@ -68,14 +68,18 @@ class DifferentialSelfAttention(nn.Module):
         self.cache_enabled = False
 
     def setup_cache(self, batch_size: int, dtype: torch.dtype, max_seq_len: int) -> None:
-        """Allocate the cache: keys, values and the method's own streams ``[batch_size, K, max_seq_len, hd]`` in ``dtype``.
+        """Allocate the cache: keys, values and the method's own streams ``[batch_size, K, max_seq_len, hd]`` in
+        ``dtype``.
 
         Raises:
-            ConfigError: if the method lets future tokens reach the past; its decoding would be another function than its training.
+            ConfigError: if the method lets future tokens reach the past; its decoding would be another function than
+                its training.
             RuntimeError: if a cache exists already.
         """
         if self.method.leaks_future:
-            raise ConfigError("integral='sequence': generation is refused, the model reads future tokens; train with integral=causal")
+            raise ConfigError(
+                "integral='sequence': generation is refused, the model reads future tokens; train with integral=causal"
+            )
         if self.kv_cache is not None:
             raise RuntimeError("the KV cache exists already; call reset_cache() to empty it")
         self.kv_cache = AttentionCache(
@@ -107,8 +111,8 @@ class DifferentialSelfAttention(nn.Module):
         Args:
             x: ``[B, N, D]``.
             y: None or ``x`` itself: this is self-attention.
-            mask: None (causal), bool ``[B, N, M]`` with True where attention is allowed, ``BlockMask``, ``DocumentMask``, or a
-                :class:`~lrdint_tune.attention.layout.Layout` already built by the model.
+            mask: None (causal), bool ``[B, N, M]`` with True where attention is allowed, ``BlockMask``,
+                ``DocumentMask``, or a :class:`~lrdint_tune.attention.layout.Layout` already built by the model.
             input_pos: int ``[B, N]`` positions for RoPE; None counts from 0, or on from the cache.
 
         Returns:

@@ -1,4 +1,5 @@
-"""Model builders: the published sizes. Each takes ``method`` and its options; see :func:`~lrdint_tune.models.component.llama3_2`."""
+"""Model builders: the published sizes. Each takes ``method`` and its options; see
+:func:`~lrdint_tune.models.component.llama3_2`."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ def _builder(name: str, title: str, **sizes: Any) -> Callable[..., LlamaDecoder]
 
     Args:
         method: ``none | diff | dint``.
-        options: the method's options (``rank`` ...), ``attention_backend``, or another value for one of the sizes, e.g. ``max_seq_len``
+        options: the method's options (``rank`` ...), ``attention_backend``, or another value for one of the
+            sizes, e.g. ``max_seq_len``
             to build a shorter RoPE cache.
 
     Raises:

@@ -57,8 +57,8 @@ def llama3_2(
         method_options_given: options of the method, e.g. ``rank``; see its class in ``lrdint_tune.attention.methods``.
 
     Returns:
-        The model, randomly initialised (or without memory, under ``torch.device("meta")``). All layers share one RoPE module; after
-        meta construction its cache must be built with ``rope_init()``.
+        The model, randomly initialised (or without memory, under ``torch.device("meta")``). All layers share one RoPE
+        module; after meta construction its cache must be built with ``rope_init()``.
 
     Raises:
         ConfigError: unknown method, option or backend, a bad option value, or sizes that do not divide.

@@ -37,11 +37,12 @@ class LlamaDecoder(TransformerDecoder):
             tokens: int64 ``[B, N]``.
             mask: None (causal), bool ``[B, N, M]``, ``BlockMask`` or :class:`~lrdint_tune.attention.DocumentMask`.
             input_pos: int64 ``[B, N]`` or ``[N]``; restarts at 0 with each packed document.
-            labels: int64 ``[B, N]``, already shifted (``labels[i]`` is what position ``i`` must predict); -100 is ignored.
+            labels: int64 ``[B, N]``, already shifted (``labels[i]`` is what position ``i`` must predict); -100 is
+                ignored.
 
         Returns:
-            Without labels the logits, float32 ``[B, N, vocab]``. With labels the SUM of the token losses in nats, a float32 scalar,
-            computed chunk by chunk so that ``[tokens, vocab]`` never exists whole.
+            Without labels the logits, float32 ``[B, N, vocab]``. With labels the SUM of the token losses in nats, a
+            float32 scalar, computed chunk by chunk so that ``[tokens, vocab]`` never exists whole.
 
         Raises:
             ValueError: too long an input, or a mask or positions that do not fit.
@@ -87,7 +88,8 @@ class LlamaDecoder(TransformerDecoder):
             method.diagnostics = {} if enabled else None
 
     def diagnostics(self) -> dict[str, Tensor]:
-        """Scalars of the last forward with diagnostics enabled, ``layers.{i}/{name}`` -> 0-dim float32: λ over heads, ||O2||/||O1||."""
+        """Scalars of the last forward with diagnostics enabled, ``layers.{i}/{name}`` -> 0-dim float32: λ over heads,
+        ||O2||/||O1||."""
         return {
             f"layers.{i}/{name}": value
             for i, method in enumerate(self.methods())

@@ -1,4 +1,5 @@
-"""The registry: a method's name in a config -> its class. The class's keyword-only arguments are the method's options."""
+"""The registry: a method's name in a config -> its class. The class's keyword-only arguments are the method's
+options."""
 
 from __future__ import annotations
 

@@ -30,12 +30,14 @@ class AttentionMethod(nn.Module, ABC):
     Attributes:
         name: the registry's and the config's name.
         cached_streams: names of tensors that cached decoding must keep beside ``k`` and ``v``.
+        num_maps: how many softmax maps one forward computes.
         leaks_future: True for a variant that lets future tokens reach the past; generation and export refuse it.
         diagnostics: None, or, when enabled, scalars of the last forward.
     """
 
     name: ClassVar[str]
     cached_streams: ClassVar[tuple[str, ...]] = ()
+    num_maps: ClassVar[int] = 1
     leaks_future: bool = False
     lam: LambdaForm
 
@@ -75,8 +77,8 @@ class AttentionMethod(nn.Module, ABC):
 def scale_multiplier(option: str | float, head_dim: int) -> float:
     """The multiplier of ``q2 k2^T``, that is ``1/sqrt(d2)`` (methods.md 1.3).
 
-    ``seed``: ``d2 = hd/81`` as printed in seed 001; ``variance``: ``d2 = hd/9``, which the seed's own argument gives with
-    ``nn.Linear``'s initialisation; ``standard``: ``d2 = hd``; a positive number is the multiplier itself.
+    ``seed``: ``d2 = hd/81`` as printed in seed 001; ``variance``: ``d2 = hd/9``, which the seed's own argument gives
+    with ``nn.Linear``'s initialisation; ``standard``: ``d2 = hd``; a positive number is the multiplier itself.
 
     Raises:
         ConfigError: for anything else.

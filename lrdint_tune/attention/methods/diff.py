@@ -30,6 +30,7 @@ class Diff(AttentionMethod):
 
     name = "diff"
     cached_streams = ("k2",)
+    num_maps = 2
 
     def __init__(
         self,
@@ -46,7 +47,8 @@ class Diff(AttentionMethod):
         super().__init__()
         if rank is None and secondary_scale == "seed":
             log.warning(
-                "rank=null with secondary_scale=seed: hd/81 was derived for low-rank factors; the published full-rank form is "
+                "rank=null with secondary_scale=seed: hd/81 was derived for low-rank factors; the published "
+                "full-rank form is "
                 "secondary_scale=standard"
             )
         self.scale2 = scale_multiplier(secondary_scale, shape.head_dim)
@@ -68,4 +70,3 @@ class Diff(AttentionMethod):
         o1 = ctx.attend(ctx.q, ctx.k, ctx.v)
         q2, k2 = ctx.queries(self.q2(ctx.x)), ctx.keys(self.k2(ctx.x), "k2")
         return o1, ctx.attend(q2, k2, ctx.v, scale=self.scale2)
-

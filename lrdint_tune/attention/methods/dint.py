@@ -17,10 +17,10 @@ INTEGRALS = ("causal", "sequence")
 class Dint(Diff):
     """``out = (A1 - λ A2 + λ A3) v = O1 + λ (mean(O1) - O2)`` (methods.md 1).
 
-    ``integral: causal`` (default) takes for ``A3`` the mean over the rows up to and including the current one, which is the seeds'
-    formula read on the prefix. ``integral: sequence`` is the formula as printed, the mean over ALL rows: it lets row ``i`` attend to
-    later keys, with weights computed from later queries. It exists to measure that leak and is refused unless
-    ``allow_future_leak`` is set; generation and export refuse it in any case.
+    ``integral: causal`` (default) takes for ``A3`` the mean over the rows up to and including the current one, which
+    is the seeds' formula read on the prefix. ``integral: sequence`` is the formula as printed, the mean over ALL rows:
+    it lets row ``i`` attend to later keys, with weights computed from later queries. It exists to measure that leak
+    and is refused unless ``allow_future_leak`` is set; generation and export refuse it in any case.
 
     Args:
         shape: the layer's sizes.

@@ -15,9 +15,9 @@ FACTORS = ("per_head", "shared")
 class LowRankHeads(nn.Module):
     """``x Wdown Wup`` for every head (seed 001), without bias.
 
-    ``per_head``: each head has its own ``Wdown [D, r]``, stored as one Linear ``D -> heads * r``. ``shared``: all heads read one
-    ``D -> r``. Either way ``up`` is ``[heads, r, hd]``. Both are drawn as ``nn.Linear`` would: ``down ~ U(±1/sqrt(D))``,
-    ``up ~ U(±1/sqrt(r))``.
+    ``per_head``: each head has its own ``Wdown [D, r]``, stored as one Linear ``D -> heads * r``. ``shared``: all
+    heads read one ``D -> r``. Either way ``up`` is ``[heads, r, hd]``. Both are drawn as ``nn.Linear`` would: ``down ~
+    U(±1/sqrt(D))``, ``up ~ U(±1/sqrt(r))``.
 
     Args:
         embed_dim: ``D``.
@@ -57,7 +57,8 @@ class LowRankHeads(nn.Module):
 
 
 class FullRankHeads(nn.Linear):
-    """``x W`` for every head: the full-rank form of DIFF and DINT, ``W [D, heads * hd]``, initialised as ``nn.Linear``."""
+    """``x W`` for every head: the full-rank form of DIFF and DINT, ``W [D, heads * hd]``, initialised as
+    ``nn.Linear``."""
 
     def __init__(self, embed_dim: int, num_heads: int, head_dim: int) -> None:
         self.num_heads = num_heads

@@ -1,0 +1,51 @@
+"""Fine-tune a pretrained Llama with differential attention, on one process or on many.
+
+    tune run lrdint_tune/full_finetune_distributed --config configs/quickstart.yaml
+    tune run --nproc_per_node 2 lrdint_tune/full_finetune_distributed --config configs/quickstart.yaml
+    torchrun --nproc_per_node 8 -m lrdint_tune.full_finetune_distributed --config configs/llama3_2_1b_dint.yaml
+
+Exit codes: 0 done, 2 bad input, 3 NaN or infinite loss.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+from omegaconf import DictConfig
+from torchtune import config
+
+from lrdint_tune.errors import ConfigError
+from lrdint_tune.training.config import load_config
+from lrdint_tune.training.trainer import NonFiniteLossError, Trainer
+from lrdint_tune.training.world import end_world, start_world
+
+EXIT_BAD_INPUT = 2
+EXIT_NONFINITE = 3
+
+
+@config.parse
+def recipe_main(cfg: DictConfig) -> int:
+    """Run the recipe from a config file and ``key=value`` overrides; returns the process's exit code."""
+    is_main = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(
+        level=logging.INFO if is_main else logging.WARNING, format="%(message)s", stream=sys.stderr, force=True
+    )
+    try:
+        checked = load_config(cfg)
+        world = start_world(
+            checked.device, replicate=checked.data_parallel_replicate_dim, shard=checked.data_parallel_shard_dim
+        )
+        Trainer(checked, world).train()
+    except (ConfigError, NonFiniteLossError) as error:
+        if is_main:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_BAD_INPUT if isinstance(error, ConfigError) else EXIT_NONFINITE
+    finally:
+        end_world()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(recipe_main())

@@ -1,0 +1,255 @@
+"""Step checkpoints: ``step-N`` folders that are either whole or not there.
+
+A checkpoint is written to ``step-N.partial`` by all ranks (torch.distributed.checkpoint, each its own shards) and
+renamed by rank 0 when everyone is done. A rename is atomic, so a kill at any moment leaves the earlier checkpoints as
+they were; older ones are removed only after the new one stands.
+
+Frozen pretrained weights are not in it: they are read from ``checkpoint_dir`` again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.optim import Optimizer
+
+from lrdint_tune.errors import ConfigError
+from lrdint_tune.models.decoder import is_new_tensor
+
+log = logging.getLogger(__name__)
+
+STATE_FILE = "train_state.json"
+_STEP = re.compile(r"step-(\d+)")
+
+
+class CheckpointManager:
+    """Writes, finds and reads the checkpoints of one run.
+
+    Args:
+        folder: where the ``step-N`` folders live.
+        keep_last_n: how many to keep.
+        is_main: whether this is rank 0, which renames and removes.
+    """
+
+    def __init__(self, folder: Path, *, keep_last_n: int, is_main: bool) -> None:
+        self.folder = folder
+        self.keep_last_n = keep_last_n
+        self.is_main = is_main
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, oldest first."""
+        if not self.folder.is_dir():
+            return []
+        found = [(_STEP.fullmatch(p.name), p) for p in self.folder.iterdir()]
+        return sorted(
+            int(m.group(1)) for m, p in found if m and (p / STATE_FILE).is_file() and (p / ".metadata").is_file()
+        )
+
+    def recover(self) -> None:
+        """Clean up after a kill inside a save: finish or undo its renames, remove what never became complete."""
+        if not self.is_main or not self.folder.is_dir():
+            return
+        for replaced in self.folder.glob("step-*.replaced"):
+            original = replaced.with_suffix("")
+            if original.exists():
+                shutil.rmtree(replaced)
+            else:
+                os.rename(replaced, original)
+        for partial in self.folder.glob("step-*.partial"):
+            log.warning("removing %s: a save that never completed", partial.name)
+            shutil.rmtree(partial)
+
+    def find(self, resume: str) -> Path | None:
+        """The checkpoint to resume from: ``auto`` the latest here, ``never`` none, else the folder named.
+
+        Raises:
+            ConfigError: the named folder is no complete checkpoint.
+        """
+        if resume == "never":
+            return None
+        if resume == "auto":
+            steps = self.steps()
+            return self.folder / f"step-{steps[-1]}" if steps else None
+        path = Path(resume)
+        if not (path / STATE_FILE).is_file() or not (path / ".metadata").is_file():
+            raise ConfigError(
+                f"resume={resume!r}: not a complete checkpoint ({STATE_FILE} or .metadata missing); give a step-N "
+                "folder, auto or never"
+            )
+        return path
+
+    def save(self, step: int, model: nn.Module, optimizer: Optimizer, train_state: dict[str, Any]) -> Path:
+        """Write ``step-N``; every rank must call it. Saving reads the model and changes nothing in it."""
+        final = self.folder / f"step-{step}"
+        partial = self.folder / f"step-{step}.partial"
+        if self.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        dist.barrier()
+        dcp.save(_tensors(model, optimizer), checkpoint_id=partial)
+        torch.save(_rng_state(), partial / f"rng-{dist.get_rank()}.pt")
+        dist.barrier()
+        if self.is_main:
+            _write_synced(partial / STATE_FILE, json.dumps(train_state, indent=1))
+            if (
+                final.exists()
+            ):  # the same step again, after a resume from an earlier one; recover() undoes a kill in between
+                os.rename(final, self.folder / f"step-{step}.replaced")
+            os.rename(partial, final)
+            shutil.rmtree(self.folder / f"step-{step}.replaced", ignore_errors=True)
+            _sync_folder(self.folder)
+            for old_step in self.steps()[: -self.keep_last_n]:
+                if old_step != step:
+                    shutil.rmtree(self.folder / f"step-{old_step}")
+        dist.barrier()
+        return final
+
+    def dry_run(self, model: nn.Module, optimizer: Optimizer, train_state: dict[str, Any]) -> None:
+        """Go through the motions of a save before the first step: a problem must not show after the last one.
+
+        Raises:
+            ConfigError: the folder cannot be written.
+        """
+        json.dumps(train_state)
+        _tensors(model, optimizer)
+        if self.is_main:
+            probe = self.folder / ".write-test"
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                probe.write_bytes(b"x")
+                probe.unlink()
+            except OSError as error:
+                raise ConfigError(
+                    f"output_dir: cannot write to {self.folder} ({error.strerror}); choose a writable folder"
+                ) from None
+
+    def load(self, path: Path, model: nn.Module, optimizer: Optimizer) -> None:
+        """Fill the trained tensors, the optimizer and the random state from ``path``; any number of ranks may have
+        written it."""
+        state = _tensors(model, optimizer)
+        reader = dcp.FileSystemReader(path)
+        stored = reader.read_metadata().state_dict_metadata
+        named = _named_trained(model)
+        # The optimizer has no state before its first step: make room for what was saved.
+        for key, meta in stored.items():
+            if key.startswith("optimizer.") and key not in state:
+                name = key.removeprefix("optimizer.").rsplit(".", 1)[0]
+                assert isinstance(meta, TensorStorageMetadata)
+                like = named.get(name)
+                if like is not None and meta.size == like.shape:
+                    state[key] = torch.zeros_like(like, dtype=meta.properties.dtype)
+                else:
+                    state[key] = torch.zeros(meta.size, dtype=meta.properties.dtype)
+        dcp.load(state, storage_reader=reader)
+        self._restore_optimizer(optimizer, named, state)
+
+    @staticmethod
+    def _restore_optimizer(optimizer: Optimizer, named: dict[str, Tensor], state: dict[str, Any]) -> None:
+        entries: dict[str, dict[str, Any]] = {}
+        for key, value in state.items():
+            if key.startswith("optimizer."):
+                name, entry = key.removeprefix("optimizer.").rsplit(".", 1)
+                entries.setdefault(name, {})[entry] = value
+        name_of = {id(p): name for name, p in named.items()}
+        order = [name_of[id(p)] for group in optimizer.param_groups for p in group["params"]]
+        # Through load_state_dict, which knows where each optimizer wants its state (fused ones keep `step` on the
+        # device).
+        optimizer.load_state_dict(
+            {
+                "state": {i: entries[name] for i, name in enumerate(order) if name in entries},
+                "param_groups": optimizer.state_dict()["param_groups"],
+            }
+        )
+
+    @staticmethod
+    def load_rng(path: Path) -> None:
+        """Restore this rank's random state; ranks that did not exist when the checkpoint was written keep their own."""
+        file = path / f"rng-{dist.get_rank()}.pt"
+        if not file.is_file():
+            log.warning(
+                "%s holds no random state for rank %d: continuing with the current one", path.name, dist.get_rank()
+            )
+            return
+        state = torch.load(file, weights_only=True)
+        torch.set_rng_state(state["cpu"])
+        if "cuda" in state and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["cuda"])
+
+    @staticmethod
+    def read_state(path: Path) -> dict[str, Any]:
+        """The JSON part of a checkpoint. Raises ConfigError if it is not readable."""
+        try:
+            return json.loads((path / STATE_FILE).read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise ConfigError(
+                f"resume: {path / STATE_FILE} is not readable ({error}); remove that folder or resume from an "
+                "earlier step"
+            ) from None
+
+
+def check_same_run(saved: dict[str, Any], current: dict[str, Any], path: Path) -> None:
+    """Refuse to continue a run of another model, method or training setup.
+
+    Raises:
+        ConfigError: listing the keys that differ, with both values.
+    """
+    keys = sorted(set(saved) | set(current))
+    differing = [
+        f"{key} is {saved.get(key)!r} there and {current.get(key)!r} here"
+        for key in keys
+        if saved.get(key) != current.get(key)
+    ]
+    if differing:
+        raise ConfigError(
+            f"resume={path}: checkpoint of another run: {'; '.join(differing)}; use another output_dir or resume=never"
+        )
+
+
+def _named_trained(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """Flat name -> tensor: trained parameters, every new tensor and buffer, and the optimizer's state by parameter
+    name."""
+    trained = _named_trained(model)
+    state: dict[str, Any] = {
+        f"model.{name}": tensor for name, tensor in model.state_dict().items() if name in trained or is_new_tensor(name)
+    }
+    for name, parameter in trained.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            state[f"optimizer.{name}.{key}"] = value
+    return state
+
+
+def _rng_state() -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with open(path, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

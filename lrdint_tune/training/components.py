@@ -1,0 +1,132 @@
+"""Building what a config's ``_component_`` sections name, with errors a user can act on."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torchtune.config import instantiate
+from torchtune.config._errors import InstantiationError
+from torchtune.config._utils import _get_component_from_path
+
+from lrdint_tune.attention import method_options
+from lrdint_tune.errors import ConfigError
+from lrdint_tune.models.decoder import LlamaDecoder
+from lrdint_tune.training.config import Section, TrainConfig
+from lrdint_tune.training.data import BatchLoader
+from lrdint_tune.training.world import World
+
+
+def build(key: str, section: Section, *args: Any, **kwargs: Any) -> Any:
+    """Call the component that ``section`` names with its options, ``args`` before and ``kwargs`` over them.
+
+    Raises:
+        ConfigError: the component does not exist or does not take an option.
+    """
+    path = section["_component_"]
+    try:
+        component = _get_component_from_path(path)
+    except (InstantiationError, ImportError, AttributeError, ValueError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise ConfigError(f"{key}._component_={path!r}: not found ({reason}); check the dotted path") from None
+    try:
+        options = {name: value for name, value in section.items() if name != "_component_"}
+        inspect.signature(component).bind(*args, **{**options, **kwargs})
+    except TypeError as error:
+        raise ConfigError(f"{key}: {path} does not accept these options ({error}); check the section's keys") from None
+    return instantiate(OmegaConf.create(section), *args, **kwargs)
+
+
+def build_tokenizer(section: Section) -> Any:
+    """The tokenizer. Raises ConfigError when one of its files is missing."""
+    for name, value in section.items():
+        if name.endswith("path") and isinstance(value, str) and not Path(value).is_file():
+            raise ConfigError(f"tokenizer.{name}={value!r}: no such file; point it at the model's tokenizer file")
+    return build("tokenizer", section)
+
+
+def build_model(cfg: TrainConfig, *, total_steps: int | None = None) -> LlamaDecoder:
+    """The model on the meta device, without memory.
+
+    ``anneal_steps`` of an annealed λ defaults to half of ``total_steps``, when the length of the run is known.
+
+    Raises:
+        ConfigError: unknown model, method or option, or a value out of range.
+    """
+    section = dict(cfg.model)
+    options = method_options(section.get("method", "none"))
+    annealed = section.get("lam", options.get("lam")) == "annealed"
+    if annealed and section.get("anneal_steps") is None and total_steps is not None:
+        section["anneal_steps"] = max(1, total_steps // 2)
+    if cfg.untie_lm_head:
+        section["tie_word_embeddings"] = False
+    with torch.device("meta"):
+        model = build("model", section)
+    if not isinstance(model, LlamaDecoder):
+        raise ConfigError(
+            f"model._component_={section['_component_']!r}: does not build a lrdint_tune model; use one of "
+            "lrdint_tune.models"
+        )
+    if cfg.max_seq_len > model.spec.max_seq_len:
+        raise ConfigError(f"max_seq_len={cfg.max_seq_len}: the model's limit is {model.spec.max_seq_len}; lower it")
+    return model
+
+
+def accumulation_steps(cfg: TrainConfig, world_size: int) -> int:
+    """Micro-batches per optimizer step and rank.
+
+    Raises:
+        ConfigError: ``global_batch_size`` is no multiple of what one pass of all ranks takes.
+    """
+    if cfg.global_batch_size is None:
+        return cfg.gradient_accumulation_steps or 1
+    per_pass = cfg.batch_size * world_size
+    if cfg.global_batch_size % per_pass:
+        raise ConfigError(
+            f"global_batch_size={cfg.global_batch_size}: not a multiple of batch_size {cfg.batch_size} x "
+            f"{world_size} processes = "
+            f"{per_pass}; change one of them"
+        )
+    return cfg.global_batch_size // per_pass
+
+
+def build_loader(
+    key: str,
+    section: Section,
+    cfg: TrainConfig,
+    world: World,
+    tokenizer: Any,
+    *,
+    vocab_size: int,
+    accumulation: int = 1,
+) -> BatchLoader:
+    """The loader of a ``dataset`` or ``dataset_val`` section.
+
+    Training batches are shuffled as ``shuffle`` says and the incomplete last global batch is dropped; validation reads every row once,
+    in order. Padding is an own document without labels, so its token id does not matter.
+
+    Raises:
+        ConfigError: as the dataset's component and :class:`~lrdint_tune.training.data.BatchLoader` do.
+    """
+    training = key == "dataset"
+    options = {name: value for name, value in section.items() if name != "packed"}
+    packed = section.get("packed", False)
+    if not isinstance(packed, bool):
+        raise ConfigError(f"{key}.packed={packed!r}: must be true or false")
+    dataset = build(key, options, tokenizer, vocab_size=vocab_size, max_seq_len=cfg.max_seq_len)
+    return BatchLoader(
+        dataset,
+        batch_size=cfg.batch_size if training else cfg.batch_size_val or cfg.batch_size,
+        dp_rank=world.rank,
+        dp_size=world.size,
+        max_seq_len=cfg.max_seq_len,
+        packed=packed,
+        shuffle=training and cfg.shuffle,
+        seed=cfg.seed,
+        pad_id=0,
+        drop_last=training,
+        accumulation_steps=accumulation,
+    )

@@ -1,0 +1,171 @@
+"""The run's configuration, checked before anything expensive happens.
+
+Keys are torchtune's where torchtune has one. Nested ``_component_`` sections stay plain dicts and are instantiated
+where they are used.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, get_args, get_origin, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lrdint_tune.errors import ConfigError
+from lrdint_tune.training.trainable import TRAINABLE_GROUPS
+
+Section = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Every key a training config may have. Sizes are in tokens, intervals in optimizer steps."""
+
+    output_dir: str
+    tokenizer: Section
+    model: Section
+    checkpointer: Section
+    dataset: Section
+    optimizer: Section
+    # What is trained
+    trainable: list[str] = field(default_factory=lambda: ["adapter", "attention"])
+    untie_lm_head: bool = False
+    # Data
+    max_seq_len: int = 2048
+    dataset_val: Section | None = None
+    shuffle: bool = True
+    batch_size: int = 1
+    batch_size_val: int | None = None
+    gradient_accumulation_steps: int | None = None
+    global_batch_size: int | None = None
+    # Optimisation
+    epochs: int = 1
+    max_steps_per_epoch: int | None = None
+    lr_scheduler: Section | None = None
+    lam_lr: float | None = None
+    clip_grad_norm: float | None = None
+    # Machine
+    device: str = "auto"
+    dtype: str = "bf16"
+    seed: int = 0
+    data_parallel_replicate_dim: int = 1
+    data_parallel_shard_dim: int = -1
+    enable_activation_checkpointing: bool = False
+    ac_mode: str = "full"
+    # Checkpoints and records
+    save_every_n_steps: int | None = None
+    keep_last_n_checkpoints: int = 2
+    resume: str = "auto"
+    run_val_every_n_steps: int | None = None
+    log_every_n_steps: int = 1
+    metric_logger: Section | None = None
+
+    def __post_init__(self) -> None:
+        _choice("dtype", self.dtype, ("bf16", "fp32"), hint="fp16 is not supported: its range needs loss scaling")
+        _choice("device", self.device, ("auto", "cpu", "cuda"))
+        _choice("ac_mode", self.ac_mode, ("full", "selective"))
+        for key in (
+            "max_seq_len",
+            "batch_size",
+            "batch_size_val",
+            "gradient_accumulation_steps",
+            "global_batch_size",
+            "epochs",
+            "max_steps_per_epoch",
+            "save_every_n_steps",
+            "keep_last_n_checkpoints",
+            "run_val_every_n_steps",
+            "log_every_n_steps",
+            "data_parallel_replicate_dim",
+        ):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ConfigError(f"{key}={value}: must be at least 1")
+        if self.data_parallel_shard_dim < 1 and self.data_parallel_shard_dim != -1:
+            raise ConfigError(
+                f"data_parallel_shard_dim={self.data_parallel_shard_dim}: must be at least 1, or -1 for the rest"
+            )
+        for key in ("clip_grad_norm", "lam_lr"):
+            value = getattr(self, key)
+            if value is not None and value <= 0:
+                raise ConfigError(f"{key}={value}: must be positive; leave it out to switch it off")
+        if self.gradient_accumulation_steps and self.global_batch_size:
+            raise ConfigError(
+                f"global_batch_size={self.global_batch_size}: also gradient_accumulation_steps="
+                f"{self.gradient_accumulation_steps} is set; one follows from the other, remove one"
+            )
+        for group in self.trainable:
+            _choice("trainable", group, TRAINABLE_GROUPS)
+        if not self.trainable:
+            raise ConfigError(f"trainable=[]: nothing to train; list some of {', '.join(TRAINABLE_GROUPS)}")
+        if self.run_val_every_n_steps and self.dataset_val is None:
+            raise ConfigError(
+                f"run_val_every_n_steps={self.run_val_every_n_steps}: there is no dataset_val; add that section"
+            )
+        for key in ("tokenizer", "model", "dataset", "dataset_val", "optimizer", "lr_scheduler"):
+            section = getattr(self, key)
+            if section is not None and "_component_" not in section:
+                raise ConfigError(f"{key}={section}: has no _component_; give the dotted path of what to build")
+        if "checkpoint_dir" not in self.checkpointer:
+            raise ConfigError(
+                f"checkpointer={self.checkpointer}: has no checkpoint_dir; give the folder of the pretrained weights"
+            )
+        _known("checkpointer", self.checkpointer, ("checkpoint_dir", "base_model_name_or_path"))
+
+
+def load_config(cfg: DictConfig | dict[str, Any]) -> TrainConfig:
+    """Turn a parsed YAML into a checked config.
+
+    Raises:
+        ConfigError: an unknown or missing key, a value of the wrong type or out of range, an interpolation that does
+        not resolve.
+    """
+    try:
+        raw = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else dict(cfg)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"config: {str(error).splitlines()[0]}; check the ${{...}} references") from None
+    assert isinstance(raw, dict)
+    values = {str(key): value for key, value in raw.items()}
+    _known("config", values, tuple(f.name for f in fields(TrainConfig)))
+    hints = get_type_hints(TrainConfig)
+    for f in fields(TrainConfig):
+        if f.name not in values:
+            if f.default is MISSING and f.default_factory is MISSING:
+                raise ConfigError(f"{f.name}: missing from the config; add it")
+            continue
+        values[f.name] = _typed(f.name, values[f.name], hints[f.name])
+    return TrainConfig(**values)
+
+
+def _typed(key: str, value: Any, hint: Any) -> Any:
+    options = [h for h in (get_args(hint) or (hint,))] if get_origin(hint) not in (list, dict) else [hint]
+    if value is None and type(None) in options:
+        return None
+    for option in options:
+        kind = get_origin(option) or option
+        if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        if kind is list and isinstance(value, str):
+            return [value]
+        if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+            return value
+    names = " or ".join("null" if o is type(None) else (get_origin(o) or o).__name__ for o in options)
+    # YAML reads 1e-4 as a string; say so, it is the usual cause.
+    hint_text = "; write 1.0e-4, not 1e-4" if isinstance(value, str) and float in options else ""
+    raise ConfigError(f"{key}={value!r}: must be {names}{hint_text}")
+
+
+def _choice(key: str, value: str, valid: tuple[str, ...], hint: str = "") -> None:
+    if value not in valid:
+        extra = f" ({hint})" if hint and value == "fp16" else ""
+        raise ConfigError(f"{key}={value!r}: unknown{extra}; choose from {', '.join(valid)}")
+
+
+def _known(where: str, given: dict[str, Any], valid: tuple[str, ...]) -> None:
+    for key in given:
+        if key not in valid:
+            close = difflib.get_close_matches(key, valid, n=1)
+            fix = f"did you mean {close[0]}?" if close else f"valid keys: {', '.join(valid)}"
+            raise ConfigError(f"{where}: unknown key {key}={given[key]!r}; {fix}")

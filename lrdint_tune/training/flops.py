@@ -1,0 +1,27 @@
+"""How much arithmetic a training step takes, for the TFLOP/s of the log."""
+
+from __future__ import annotations
+
+from lrdint_tune.models.decoder import LlamaDecoder
+
+
+def training_flops_per_token(model: LlamaDecoder, seq_len: int) -> float:
+    """Floating-point operations per token of one forward and backward pass.
+
+    A weight of a matrix product costs 2 in the forward pass, 2 for the gradient of its input and, if it is trained, 2
+    for its own. Attention costs ``4 N H hd`` forward and twice that backward for each map, counted over the full ``N x
+    N`` map as torch's FLOP counter does; the causal half is what a fused kernel really computes. Recomputation is not
+    counted.
+
+    Args:
+        model: names, shapes and ``requires_grad`` are read; sharded and meta parameters are fine.
+        seq_len: ``N``.
+    """
+    spec = model.spec
+    total = 0.0
+    for name, parameter in model.named_parameters():
+        is_lookup = name.startswith("tok_embeddings.") and not spec.tie_word_embeddings
+        if parameter.dim() >= 2 and not is_lookup:
+            total += (6 if parameter.requires_grad else 4) * parameter.numel()
+    maps = sum(method.num_maps for method in model.methods())
+    return total + maps * 12.0 * seq_len * spec.num_heads * spec.head_dim

@@ -1,0 +1,409 @@
+"""The training loop: one object that builds a run from its config, runs it, and leaves its results behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from omegaconf import OmegaConf
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from lrdint_tune.attention import DocumentMask
+from lrdint_tune.errors import ConfigError
+from lrdint_tune.export import plan_export, save_adapter, save_hf_folder
+from lrdint_tune.models.decoder import LlamaDecoder, is_new_tensor
+from lrdint_tune.models.hf import check_hf_config, iter_hf_folder
+from lrdint_tune.models.spec import ModelSpec
+from lrdint_tune.training import parallel
+from lrdint_tune.training.checkpoint import CheckpointManager, check_same_run
+from lrdint_tune.training.components import accumulation_steps, build, build_loader, build_model, build_tokenizer
+from lrdint_tune.training.config import TrainConfig
+from lrdint_tune.training.data import Batch
+from lrdint_tune.training.flops import training_flops_per_token
+from lrdint_tune.training.metrics import Progress, TensorBoardLogger, Throughput, memory_values
+from lrdint_tune.training.trainable import optimizer_groups, parameter_table, set_trainable
+from lrdint_tune.training.world import World
+
+log = logging.getLogger(__name__)
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss or the gradient became NaN or infinite; the message names the step and the rows of the batch."""
+
+
+class Trainer:
+    """A run: everything that can be refused is refused in the constructor, before any weight is loaded.
+
+    Args:
+        cfg: the checked config.
+        world: this process among the others.
+
+    Raises:
+        ConfigError: for anything in the config, the files or the data that is wrong.
+    """
+
+    def __init__(self, cfg: TrainConfig, world: World) -> None:
+        self.cfg, self.world = cfg, world
+        torch.manual_seed(cfg.seed)
+        self.output_dir = Path(cfg.output_dir)
+        self.checkpoint_dir = Path(cfg.checkpointer["checkpoint_dir"])
+
+        # The model first, without memory: a wrong option must not wait for the data to be tokenised.
+        model = build_model(cfg)
+        vocab_size = model.spec.vocab_size
+        check_hf_config(self.checkpoint_dir, self.file_spec(model.spec))
+        tokenizer = build_tokenizer(cfg.tokenizer)
+        self.accumulation = accumulation_steps(cfg, world.size)
+        self.loader = build_loader(
+            "dataset", cfg.dataset, cfg, world, tokenizer, vocab_size=vocab_size, accumulation=self.accumulation
+        )
+        self.loader_val = (
+            None
+            if cfg.dataset_val is None
+            else build_loader("dataset_val", cfg.dataset_val, cfg, world, tokenizer, vocab_size=vocab_size)
+        )
+        self.epoch_starts = self._epoch_starts()
+        self.total_steps = self.epoch_starts[-1]
+
+        model = build_model(cfg, total_steps=self.total_steps)
+        self.spec = model.spec
+        set_trainable(model, cfg.trainable)
+        if self.spec.leaks_future:
+            log.warning(
+                "integral=sequence: future tokens reach the past. Training loss and ordinary validation loss are "
+                "NOT language-model "
+                "losses, and nothing will be exported; this run measures the leak."
+            )
+        else:
+            plan_export(
+                model.state_dict(), self.spec, output_dirs=(self.output_dir / "adapter", self.output_dir / "hf")
+            )
+
+        self.step = 0
+        self._batches: Iterator[Batch] | None = None
+        self.checkpoints = CheckpointManager(
+            self.output_dir / "checkpoints", keep_last_n=cfg.keep_last_n_checkpoints, is_main=world.is_main
+        )
+        self.checkpoints.recover()
+        dist.barrier()
+        resume_from = self.checkpoints.find(cfg.resume)
+        saved = None
+        if resume_from is not None:
+            saved = self.checkpoints.read_state(resume_from)
+            check_same_run(saved["run"], self.run_identity(), resume_from)
+        if world.is_main:
+            log.info("%s, method %s\n%s", cfg.model["_component_"], self.spec.method, parameter_table(model))
+
+        self.model = self._load_model(model)
+        self.optimizer = build("optimizer", cfg.optimizer, optimizer_groups(self.model, lam_lr=cfg.lam_lr))
+        self.scheduler = (
+            None
+            if cfg.lr_scheduler is None
+            else build("lr_scheduler", cfg.lr_scheduler, self.optimizer, num_training_steps=self.total_steps)
+        )
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        if resume_from is not None and saved is not None:
+            self._resume(resume_from, saved)
+        self.checkpoints.dry_run(self.model, self.optimizer, self.train_state())
+
+    # ------------------------------------------------------------------ building
+
+    def file_spec(self, spec: ModelSpec) -> ModelSpec:
+        """The model as the pretrained files know it: with ``untie_lm_head`` their head is still the embedding matrix."""
+        return dataclasses.replace(spec, tie_word_embeddings=True) if self.cfg.untie_lm_head else spec
+
+    def _epoch_starts(self) -> list[int]:
+        """The step at which each epoch begins, and last the number of all steps. With packing, epochs differ in length."""
+        starts = [0]
+        for epoch in range(self.cfg.epochs):
+            steps = self.loader.steps_per_epoch(epoch=epoch)
+            starts.append(starts[-1] + min(steps, self.cfg.max_steps_per_epoch or steps))
+        return starts
+
+    def _load_model(self, model: LlamaDecoder) -> LlamaDecoder:
+        cfg, world = self.cfg, self.world
+        parallel.set_precision(model, cfg.dtype)
+        if cfg.enable_activation_checkpointing:
+            parallel.checkpoint_activations(model, cfg.ac_mode)
+        new_tensors = parallel.initial_method_state(model, cfg.seed)
+        parallel.shard_model(model, world.mesh, cfg.dtype)
+        parallel.materialise(model, world.device)
+        parallel.load_weights(model, self._weights(new_tensors))
+        return model
+
+    def _weights(self, new_tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        yield from new_tensors.items()
+        # After the start values: a folder of this project brings the method's trained tensors along.
+        for name, tensor in iter_hf_folder(self.checkpoint_dir, self.file_spec(self.spec)):
+            yield name, tensor
+            if self.cfg.untie_lm_head and name == "tok_embeddings.weight":
+                yield "output.weight", tensor
+
+    # ------------------------------------------------------------------ state
+
+    def run_identity(self) -> dict[str, Any]:
+        """What must be equal for a checkpoint to be continued."""
+        spec = dataclasses.asdict(self.spec)
+        options = spec.pop("method_options")
+        return {
+            **spec,
+            **options,
+            "trainable": sorted(self.cfg.trainable),
+            "global_batch_size": self.loader.global_batch,
+            "max_seq_len": self.cfg.max_seq_len,
+            "seed": self.cfg.seed,
+        }
+
+    def train_state(self) -> dict[str, Any]:
+        """The JSON part of a checkpoint."""
+        return {
+            "step": self.step,
+            "run": self.run_identity(),
+            "leaks_future": self.spec.leaks_future,
+            "loader": self.loader.state_dict(),
+            "lr_scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+        }
+
+    def _resume(self, path: Path, saved: dict[str, Any]) -> None:
+        self.checkpoints.load(path, self.model, self.optimizer)
+        self.step = saved["step"]
+        self.loader.load_state_dict(saved["loader"])
+        if self.scheduler is not None and saved["lr_scheduler"] is not None:
+            self.scheduler.load_state_dict(saved["lr_scheduler"])
+            for group, lr in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
+                group["lr"] = lr
+        self.checkpoints.load_rng(path)
+        if self.world.is_main:
+            log.info("resuming from %s", path)
+
+    def save(self) -> None:
+        self.checkpoints.save(self.step, self.model, self.optimizer, self.train_state())
+
+    # ------------------------------------------------------------------ the loop
+
+    def train(self) -> None:
+        """Run to the last step, with validation and checkpoints on the way, then export.
+
+        Raises:
+            NonFiniteLossError: NaN or infinite loss or gradient; nothing was updated with it, the last checkpoint
+            stands.
+        """
+        cfg = self.cfg
+        recorder = self._open_recorder()
+        progress = Progress(self.total_steps, self.step, enabled=self.world.is_main)
+        throughput = Throughput(training_flops_per_token(self.model, cfg.max_seq_len), self.world.size)
+        tps = 0.0
+        try:
+            if self.step == 0 and self.loader_val is not None:
+                self._record_validation(recorder, progress)
+            throughput.reset()
+            while self.step < self.total_steps:
+                logging_step = (self.step + 1) % cfg.log_every_n_steps == 0
+                values, tokens, data_seconds = self._train_step(logging_step)
+                throughput.add(tokens, data_seconds)
+                if logging_step:
+                    rates = throughput.take()
+                    tps = rates["throughput(tps)"]
+                    if recorder is not None:
+                        recorder.log({**values, **rates, **memory_values(self.world.device)}, self.step)
+                progress.update(values["loss_metrics/global_avg_loss"], tps)
+                last = self.step == self.total_steps
+                if self.loader_val is not None and (
+                    last or (cfg.run_val_every_n_steps and self.step % cfg.run_val_every_n_steps == 0)
+                ):
+                    self._record_validation(recorder, progress)
+                    throughput.reset()
+                if last or (cfg.save_every_n_steps and self.step % cfg.save_every_n_steps == 0):
+                    self.save()
+                    throughput.reset()
+        finally:
+            progress.close()
+            if recorder is not None:
+                recorder.close()
+        self.export()
+
+    def _train_step(self, logging_step: bool) -> tuple[dict[str, float], float, float]:
+        """One optimizer step; returns its scalars, its input tokens over all ranks and the seconds spent waiting for
+        data."""
+        start = time.perf_counter()
+        batches = self._next_batches()
+        data_seconds = time.perf_counter() - start
+
+        self.model.advance_schedule(self.step)
+        self.model.enable_diagnostics(logging_step)
+        counts = torch.tensor(
+            [[b.num_label_tokens, b.num_input_tokens] for b in batches], dtype=torch.float64, device=self.world.device
+        ).sum(0)
+        dist.all_reduce(counts)
+        label_tokens, input_tokens = counts.tolist()
+        if not label_tokens:
+            raise ConfigError(
+                f"dataset: no trained token in the batch of step {self.step + 1} (rows {_rows(batches)}); check the "
+                "columns"
+            )
+
+        losses = []
+        for batch in batches:
+            loss = self._loss(batch)
+            # FSDP2 averages gradients over the ranks; the loss is per token over all of them.
+            (loss * (self.world.size / label_tokens)).backward()
+            losses.append(loss.detach())
+        loss = torch.stack(losses).sum().double()
+        dist.all_reduce(loss)
+        average = loss.item() / label_tokens
+        norm = _total_norm(self.trained)
+        if not math.isfinite(average) or not math.isfinite(norm):
+            self._stop_for_nonfinite(average, norm, batches, losses)
+
+        values = {"loss_metrics/global_avg_loss": average}
+        if logging_step:
+            values |= {"grad_norm": norm, "lr": self.optimizer.param_groups[0]["lr"]}
+            values |= {tag: value.item() for tag, value in self.model.diagnostics().items()}
+            values |= self._adapter_grad_norms()
+        if self.cfg.clip_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(
+                self.trained, self.cfg.clip_grad_norm, torch.tensor(norm, device=self.world.device)
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.scheduler is not None:
+            self.scheduler.step()
+        self.step += 1
+        self.model.advance_schedule(self.step)
+        return values, input_tokens, data_seconds
+
+    def _next_batches(self) -> list[Batch]:
+        """The micro-batches of the next optimizer step."""
+        if self._batches is None or self.step in self.epoch_starts:
+            if self.step in self.epoch_starts:
+                self.loader.start_epoch(self.epoch_starts.index(self.step))
+            self._batches = iter(self.loader)
+        return [next(self._batches) for _ in range(self.accumulation)]
+
+    def _loss(self, batch: Batch) -> Tensor:
+        """Sum of the token losses of a micro-batch."""
+        batch = batch.to(self.world.device)
+        mask = DocumentMask(batch.lengths)
+        return self.model(batch.tokens, mask=mask, input_pos=batch.input_pos, labels=batch.labels)
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """NLL per trained token over ``dataset_val``, in nats, teacher-forced."""
+        assert self.loader_val is not None
+        total = torch.zeros(2, dtype=torch.float64, device=self.world.device)
+        self.model.enable_diagnostics(False)
+        self.loader_val.start_epoch(0)
+        for batch in self.loader_val:
+            total[0] += self._loss(batch).double()
+            total[1] += batch.num_label_tokens
+        dist.all_reduce(total)
+        return float(total[0] / total[1])
+
+    def _record_validation(self, recorder: TensorBoardLogger | None, progress: Progress) -> None:
+        nll = self.validate()
+        progress.message(f"step {self.step}: held-out NLL {nll:.4f} nats per token")
+        if recorder is not None:
+            recorder.log({"validation_metrics/loss": nll}, self.step)
+
+    def _stop_for_nonfinite(self, loss: float, norm: float, batches: list[Batch], losses: list[Tensor]) -> None:
+        bad = [b for b, value in zip(batches, losses, strict=True) if not torch.isfinite(value)]
+        gathered: list[Any] = [None] * self.world.size
+        dist.all_gather_object(gathered, _rows(bad))
+        rows = sorted({row for part in gathered for row in part})
+        kept = self.checkpoints.steps()
+        where = (
+            f"dataset rows {rows[:20]}{' ...' if len(rows) > 20 else ''}"
+            if rows
+            else f"dataset rows {_rows(batches)[:20]} (loss finite, gradient not)"
+        )
+        raise NonFiniteLossError(
+            f"step {self.step + 1}: loss {loss}, gradient norm {norm}; {where}; no update was made; "
+            + (f"checkpoint step-{kept[-1]} stands" if kept else "there is no checkpoint yet")
+        )
+
+    def _adapter_grad_norms(self) -> dict[str, float]:
+        """Gradient norm of each layer's new tensors."""
+        squares = torch.zeros(self.spec.num_layers, device=self.world.device)
+        for name, parameter in self.model.adapter_parameters().items():
+            if parameter.grad is not None:
+                grad = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
+                squares[int(name.split(".")[1])] += grad.float().square().sum()
+        dist.all_reduce(squares, group=self.world.mesh.get_group("shard"))
+        if self.spec.method == "none":
+            return {}
+        return {f"layers.{i}/adapter_grad_norm": value for i, value in enumerate(squares.sqrt().tolist())}
+
+    def _open_recorder(self) -> TensorBoardLogger | None:
+        if not self.world.is_main:
+            return None
+        section = self.cfg.metric_logger or {
+            "_component_": "lrdint_tune.training.metrics.TensorBoardLogger",
+            "log_dir": str(self.output_dir / "logs"),
+        }
+        recorder = build("metric_logger", section)
+        recorder.open(resumed_step=self.step)
+        if self.step == 0:
+            recorder.log_text("config", f"```yaml\n{OmegaConf.to_yaml(dataclasses.asdict(self.cfg))}\n```")
+        return recorder
+
+    # ------------------------------------------------------------------ results
+
+    def export(self) -> None:
+        """Write ``output_dir/adapter`` and ``output_dir/hf``. A leaking model is kept as a checkpoint only."""
+        if self.spec.leaks_future:
+            log.warning(
+                "integral=sequence: nothing exported, the model reads future tokens; its checkpoint is in %s",
+                self.checkpoints.folder,
+            )
+            return
+        new: dict[str, Tensor] = {}
+        trained_base: dict[str, Tensor] = {}
+        trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
+        for name, tensor in self.model.state_dict().items():
+            if is_new_tensor(name) or name in trained:
+                whole = parallel.full_tensor(tensor)  # a collective: every rank takes part, rank 0 keeps
+                if self.world.is_main:
+                    (new if is_new_tensor(name) else trained_base)[name] = whole
+        if self.world.is_main and self.spec.method != "none":
+            save_adapter(
+                self.output_dir / "adapter",
+                new,
+                self.spec,
+                base_model_name_or_path=self.cfg.checkpointer.get("base_model_name_or_path")
+                or str(self.checkpoint_dir),
+                trained_base=trained_base,
+                trainable=list(self.cfg.trainable),
+            )
+        tensors = ((name, parallel.full_tensor(tensor)) for name, tensor in self.model.state_dict().items())
+        if self.world.is_main:
+            dtype = torch.bfloat16 if self.cfg.dtype == "bf16" else torch.float32
+            save_hf_folder(
+                self.output_dir / "hf", tensors, self.spec, dtype=dtype, tokenizer_files_from=self.checkpoint_dir
+            )
+            log.info(
+                "saved %s",
+                ", ".join(
+                    str(self.output_dir / d) for d in (("adapter", "hf") if self.spec.method != "none" else ("hf",))
+                ),
+            )
+        else:
+            for _ in tensors:
+                continue
+        dist.barrier()
+
+
+def _rows(batches: list[Batch]) -> list[int]:
+    return sorted({int(row) for batch in batches for ids in batch.row_ids for row in ids})
+
+
+def _total_norm(parameters: list[torch.nn.Parameter]) -> float:
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return float((norm.full_tensor() if isinstance(norm, DTensor) else norm).item())

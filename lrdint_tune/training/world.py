@@ -1,0 +1,111 @@
+"""Processes, devices and the mesh: the part of a run that differs between a laptop and a cluster."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from lrdint_tune.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others.
+
+    Attributes:
+        mesh: ``(replicate, shard)`` over all ranks; FSDP2 shards over the second and replicates over the first
+            dimension.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def all_reduce(self, value: float, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> float:
+        """Sum (or ``op``) of a number over all ranks, in float64."""
+        tensor = torch.tensor([value], dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, op=op)
+        return float(tensor.item())
+
+
+def mesh_shape(world_size: int, replicate: int, shard: int) -> tuple[int, int]:
+    """Resolve ``data_parallel_replicate_dim x data_parallel_shard_dim`` against the number of processes.
+
+    Raises:
+        ConfigError: if the product is not the world size; the message shows the arithmetic.
+    """
+    if shard == -1:
+        if world_size % replicate:
+            raise ConfigError(
+                f"data_parallel_replicate_dim={replicate}: does not divide the {world_size} processes "
+                f"({world_size} / {replicate} = {world_size / replicate:.2f}); start a multiple of {replicate}"
+            )
+        shard = world_size // replicate
+    if replicate * shard != world_size:
+        raise ConfigError(
+            f"data_parallel_shard_dim={shard}: {replicate} (replicate) x {shard} (shard) = {replicate * shard}, but "
+            f"{world_size} "
+            f"processes were started; set it to -1 or start {replicate * shard} processes"
+        )
+    return replicate, shard
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of this process: ``auto`` takes CUDA where there is one.
+
+    Raises:
+        ConfigError: CUDA asked for but not there.
+    """
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("device='cuda': torch sees no CUDA device; set device=cpu or auto")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def start_world(device_name: str, *, replicate: int, shard: int, timeout_minutes: float = 30.0) -> World:
+    """Join the process group, or found one of a single process when no launcher set one up.
+
+    CPU tensors always travel over gloo (checkpoints need it beside NCCL).
+
+    Raises:
+        ConfigError: the mesh does not fit the number of processes, or the device is not there.
+    """
+    if "RANK" not in os.environ:
+        # `tune run` without torchrun options, or plain python.
+        os.environ.update(
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
+        )
+    world_size = int(os.environ["WORLD_SIZE"])
+    shape = mesh_shape(world_size, replicate, shard)
+    device = resolve_device(device_name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+    return World(rank=dist.get_rank(), size=world_size, device=device, mesh=mesh)
+
+
+def end_world() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
