@@ -1,4 +1,4 @@
-"""Tiny transformers models and their weights under torchtune names, converted here without the package's own mapping."""
+"""Tiny transformers models and their weights under torchtune names, converted without the package's mapping."""
 
 from typing import Any
 

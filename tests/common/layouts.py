@@ -1,11 +1,11 @@
 """The ways a batch can be laid out, each as the arguments of the fast code and as the reference's explicit rows."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from lrdint_tune.attention import DocumentMask
 from tests.common.reference import Rows
@@ -19,12 +19,11 @@ PADDING = [4, 0]
 
 @dataclass(frozen=True)
 class Case:
-    """`mask` and `input_pos` go to the fast code, `rows` to the reference; `real` marks the rows worth comparing."""
+    """`mask` and `input_pos` go to the fast code, `rows` to the reference."""
 
     rows: Rows
     mask: Any = None
     input_pos: Tensor | None = None
-    real: Tensor = field(default_factory=lambda: torch.ones(BATCH, LENGTH, dtype=torch.bool))
 
 
 def _causal() -> Tensor:
@@ -42,7 +41,7 @@ def _packed_rows() -> Rows:
     return Rows(allowed, documents, positions)
 
 
-def _padded_rows(side: str, pads_see_themselves: bool = False) -> tuple[Rows, Tensor]:
+def _padded_rows(side: str, pads_see_themselves: bool = False) -> Rows:
     """Padding on one side; padded keys are hidden from every row, padded rows see nothing (or only themselves)."""
     index, padding = _positions(), torch.tensor(PADDING)[:, None]
     real = index >= padding if side == "left" else index < LENGTH - padding
@@ -52,11 +51,15 @@ def _padded_rows(side: str, pads_see_themselves: bool = False) -> tuple[Rows, Te
     positions = (real.cumsum(-1) - 1).clamp(min=0) if side == "left" else index
     # Every padded row is a document of its own.
     documents = torch.where(real, torch.zeros_like(index), index + 1)
-    return Rows(allowed, documents, positions), real
+    return Rows(allowed, documents, positions)
+
+
+def _block(allowed: Tensor) -> BlockMask:
+    return create_block_mask(lambda b, h, i, j: allowed[b, i, j], BATCH, None, LENGTH, LENGTH, device="cpu")
 
 
 def layout_case(name: str) -> Case:
-    """One of LAYOUTS, or `packed_block` (flex only)."""
+    """One of LAYOUTS or BLOCK_LAYOUTS."""
     if name == "causal":
         return Case(Rows(_causal(), torch.zeros(BATCH, LENGTH, dtype=torch.int64), _positions()))
     if name == "causal_dense":
@@ -72,15 +75,16 @@ def layout_case(name: str) -> Case:
         if name == "packed_dense_no_positions":
             return Case(rows, mask=rows.allowed)
         if name == "packed_block":
-            allowed = rows.allowed
-            block = create_block_mask(lambda b, h, i, j: allowed[b, i, j], BATCH, None, LENGTH, LENGTH, device="cpu")
-            return Case(rows, mask=block, input_pos=rows.positions)
+            return Case(rows, mask=_block(rows.allowed), input_pos=rows.positions)
     if name in ("left_padded", "right_padded"):
-        rows, real = _padded_rows(name.split("_")[0])
-        return Case(rows, mask=rows.allowed, input_pos=rows.positions, real=real)
+        rows = _padded_rows(name.split("_")[0])
+        return Case(rows, mask=rows.allowed, input_pos=rows.positions)
+    if name in ("left_padded_block", "right_padded_block"):
+        rows = _padded_rows(name.split("_")[0])
+        return Case(rows, mask=_block(rows.allowed), input_pos=rows.positions)
     if name == "left_padded_torchtune":  # torchtune's padding masks leave the diagonal open on padded rows
-        rows, real = _padded_rows("left", pads_see_themselves=True)
-        return Case(rows, mask=rows.allowed, input_pos=rows.positions, real=real)
+        rows = _padded_rows("left", pads_see_themselves=True)
+        return Case(rows, mask=rows.allowed, input_pos=rows.positions)
     raise ValueError(name)
 
 
@@ -95,3 +99,5 @@ LAYOUTS = [
     "right_padded",
     "left_padded_torchtune",
 ]
+BLOCK_LAYOUTS = ["packed_block", "left_padded_block", "right_padded_block"]
+"""BlockMasks, which only the flex backend takes."""

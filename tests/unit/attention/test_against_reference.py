@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lrdint_tune.models.decoder import LlamaDecoder
-from tests.common.layouts import BATCH, LAYOUTS, LENGTH, Case, layout_case
+from tests.common.layouts import BATCH, BLOCK_LAYOUTS, LAYOUTS, LENGTH, Case, layout_case
 from tests.common.models import TINY, attention_of, raw_weights, tiny_model, wake
 from tests.common.reference import reference_attention, reference_lambda
 
@@ -128,7 +128,7 @@ def compare_flex(heads: str, method: str, layout: str) -> None:
 
 
 @pytest.mark.usefixtures("uncompiled")
-@pytest.mark.parametrize("layout", [*LAYOUTS, "packed_block"])
+@pytest.mark.parametrize("layout", [*LAYOUTS, *BLOCK_LAYOUTS])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("heads", HEADS)
 def test_flex_forward(heads: str, method: str, layout: str) -> None:
@@ -151,3 +151,25 @@ def test_torchtune_layer_calls_it() -> None:
     want, _, _ = expected(model, normed, case, options)
     got = layer(x, mask=case.mask, input_pos=case.input_pos)
     torch.testing.assert_close(got, x + want + layer.mlp(layer.mlp_norm(x + want)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("lam_dtype", [torch.bfloat16, torch.float32], ids=["lam_bf16", "lam_fp32"])
+def test_bfloat16(lam_dtype: torch.dtype) -> None:
+    """bf16 modules give bf16 results near the reference, whether or not lambda stays in fp32."""
+    options = {"method": "dint", "rank": 3, "secondary_scale": "standard"}
+    model, case = build(**options), layout_case("packed")
+    attention = attention_of(model, dtype=torch.bfloat16)
+    attention.method.lam.to(lam_dtype)
+    x = torch.randn(BATCH, LENGTH, TINY["embed_dim"]).to(torch.bfloat16)
+    want, _, _ = expected(model, x.double(), case, options)
+    got = attention(x, x, mask=case.mask, input_pos=case.input_pos)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=0.02 * want.abs().max().item())
+
+
+def test_another_y_is_refused() -> None:
+    attention = build(method="dint").layers[0].attn
+    x = torch.randn(1, 5, TINY["embed_dim"])
+    torch.testing.assert_close(attention(x), attention(x, x))
+    with pytest.raises(ValueError, match="self-attention"):
+        attention(x, x.clone())

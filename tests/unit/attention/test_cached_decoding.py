@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torchtune.modules.common_utils import disable_kv_cache
 
 from lrdint_tune.models.decoder import LlamaDecoder
 from tests.common.models import TINY, tiny_model, wake
@@ -98,23 +99,38 @@ def test_left_padded_batch(method: str, backend: str, diagonal: bool) -> None:
         model.reset_caches()
 
 
-def test_secondary_keys_and_values_are_cached_in_the_cache_dtype() -> None:
-    """bf16 caches give bf16-accurate logits: the running mean itself is kept in fp32."""
-    model = build("dint", "sdpa")
+def test_bf16_caches_keep_the_running_mean_in_fp32() -> None:
+    model = build("dint", "sdpa").to(torch.bfloat16)
     tokens = torch.randint(TINY["vocab_size"], (1, LENGTH))
     with torch.no_grad():
         want = model(tokens)
-    model.setup_caches(1, torch.float32, decoder_max_seq_len=CACHE)
-    sums = [buffer for name, buffer in model.named_buffers() if "mean" in name or "sum" in name]
-    assert all(buffer.dtype in (torch.float32, torch.int64) for buffer in sums)
-    got = decode(model, tokens, causal(1), torch.arange(LENGTH)[None], [LENGTH])
+    model.setup_caches(1, torch.bfloat16, decoder_max_seq_len=CACHE)
+    dtypes = {name.rsplit(".", 1)[1]: buffer.dtype for name, buffer in model.named_buffers() if "kv_cache" in name}
+    assert {dtypes["k_cache"], dtypes["v_cache"], dtypes["k2_cache"]} == {torch.bfloat16}
+    assert dtypes["running_total"] == torch.float32
+    got = decode(model, tokens, causal(1), torch.arange(LENGTH)[None], PIECES)
+    torch.testing.assert_close(got, want, rtol=0, atol=0.05 * want.abs().max().item())
+
+
+def test_a_batch_smaller_than_the_cache() -> None:
+    model = build("dint", "sdpa")
+    tokens = torch.randint(TINY["vocab_size"], (2, LENGTH))
+    with torch.no_grad():
+        want = model(tokens)
+    model.setup_caches(3, torch.float32, decoder_max_seq_len=CACHE)
+    got = decode(model, tokens, causal(2), torch.arange(LENGTH).expand(2, LENGTH), PIECES)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=5e-6)
+
+
+def test_the_caches_are_not_saved() -> None:
+    model = build("dint", "sdpa")
+    names = set(model.state_dict())
+    model.setup_caches(1, torch.float32, decoder_max_seq_len=CACHE)
+    assert set(model.state_dict()) == names
 
 
 def test_caches_can_be_disabled() -> None:
     """With `cache_enabled` off a full forward ignores and leaves the caches alone, as in torchtune."""
-    from torchtune.modules.common_utils import disable_kv_cache
-
     model = build("dint", "sdpa")
     tokens = torch.randint(TINY["vocab_size"], (1, LENGTH))
     other = torch.randint(TINY["vocab_size"], (1, LENGTH))

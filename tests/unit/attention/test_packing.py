@@ -50,7 +50,9 @@ def test_gradients_of_a_pack_are_the_sum_of_its_documents() -> None:
     for start, end in ((0, 6), (7, 16)):
         model(tokens[:, start:end], labels=labels[:, start:end]).backward()
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(packed[name], parameter.grad, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            packed[name], parameter.grad, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_document_mask() -> None:
