@@ -86,6 +86,7 @@ class Layout:
         input_pos: int ``[B, N]`` or ``[N]`` or None. Needed with a ``BlockMask``, which does not show where documents
             begin.
         num_queries: ``N``.
+        batch_size: ``B``; when given, the mask must have that many rows (a dense mask may have one for all).
         offset: tokens already in the KV cache.
         device: where masks are built.
 
@@ -102,6 +103,7 @@ class Layout:
         input_pos: Tensor | None,
         *,
         num_queries: int,
+        batch_size: int | None = None,
         offset: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -114,6 +116,12 @@ class Layout:
         self._dense: Tensor | None = None  # bool [B or 1, N, M]
         self._block: BlockMask | None = None
 
+        rows = (
+            mask.batch_size if isinstance(mask, DocumentMask) else mask.shape[0] if isinstance(mask, Tensor) else None
+        )
+        shared = rows == 1 and isinstance(mask, Tensor)
+        if batch_size is not None and rows is not None and rows != batch_size and not shared:
+            raise ValueError(f"mask has {rows} rows but the input has {batch_size}; give one per sequence")
         if isinstance(mask, DocumentMask):
             if mask.num_tokens != num_queries or offset:
                 raise ValueError(
@@ -139,8 +147,8 @@ class Layout:
             # A cache may be longer than what it holds: columns past the held keys carry nothing.
             self._dense = mask[:, :, : self.num_keys]
         elif offset:
-            rows = torch.arange(num_queries, device=device)[:, None] + offset
-            self._dense = (torch.arange(self.num_keys, device=device)[None, :] <= rows)[None]
+            positions = torch.arange(num_queries, device=device)[:, None] + offset
+            self._dense = (torch.arange(self.num_keys, device=device)[None, :] <= positions)[None]
 
     @property
     def is_plain_causal(self) -> bool:

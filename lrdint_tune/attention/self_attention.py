@@ -131,7 +131,7 @@ class DifferentialSelfAttention(nn.Module):
             offset = 0 if cache is None else cache.size
             if input_pos is None and offset:
                 input_pos = torch.arange(offset, offset + n, device=x.device)[None]
-            layout = Layout(mask, input_pos, num_queries=n, offset=offset, device=x.device)
+            layout = Layout(mask, input_pos, num_queries=n, batch_size=b, offset=offset, device=x.device)
 
         ctx = AttentionContext(
             x, layout=layout, rope=self.pos_embeddings, cache=cache, backend=self.backend, head_dim=self.head_dim
