@@ -300,9 +300,26 @@ def test_cache_is_not_used_when_only_the_mask_changed(build: Build) -> None:
     assert build([("aa", "b")], train_on_input=True).label_counts.tolist() == [4]
 
 
+class Renaming(ByteTokenizer):
+    """Another id for one letter, so that only rows with that letter differ."""
+
+    def __init__(self, new: str) -> None:
+        super().__init__()
+        self.new = new
+
+    def encode(self, text: str, add_bos: bool = True, add_eos: bool = True) -> list[int]:
+        return super().encode(text.replace("z", self.new), add_bos, add_eos)
+
+
+def test_cache_is_not_used_when_the_tokenizer_changed_for_late_rows_only(build: Build) -> None:
+    rows = [("q", "a")] * 20 + [("q", "z")]
+    build(rows, Renaming("x"))
+    assert build(rows, Renaming("y"))[20]["tokens"].tolist() == [BOS, *ids("qy"), EOS]
+
+
 def test_cache_is_not_used_when_a_local_file_changed(tmp_path: Path, build: Build) -> None:
     """Not even with the same path, size and time stamp."""
-    build([("a", "b")])
+    build([("q", "a")] * 20 + [("q", "b")])
     path = tmp_path / "rows.jsonl"
     stat = path.stat()
     path.write_text(path.read_text().replace('"b"', '"c"'))
@@ -315,20 +332,27 @@ def test_cache_is_not_used_when_a_local_file_changed(tmp_path: Path, build: Buil
         response_column="a",
         max_seq_len=8,
     )
-    assert data[0]["tokens"].tolist() == [BOS, *ids("ac"), EOS]
+    assert data[20]["tokens"].tolist() == [BOS, *ids("qc"), EOS]
 
 
-def test_cache_is_not_used_when_a_loaded_file_changed(tmp_path: Path) -> None:
+def test_cache_is_not_used_when_a_loaded_file_or_slice_changed(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
-    found = []
-    for text in ("one", "two"):
-        path.write_text(f"q,a\nx,{text}\n")
-        os.utime(path, (0, len(found)))
+    found: list[str] = []
+    for split, text in (("train[:20]", "one"), ("train[:20]", "two"), ("train[1:21]", None), ("train[:19]", None)):
+        if text is not None:
+            path.write_text("q,a\n" + "x,a\n" * 19 + f"x,{text}\nx,{text.upper()}\n")
+            os.utime(path, (0, len(found)))
         data = sft_dataset(
-            ByteTokenizer(), source="csv", data_files=str(path), prompt_column="q", response_column="a", max_seq_len=8
+            ByteTokenizer(),
+            source="csv",
+            data_files=str(path),
+            split=split,
+            prompt_column="q",
+            response_column="a",
+            max_seq_len=8,
         )
-        found.append(bytes(data[0]["tokens"][1:-1].tolist()).decode())
-    assert found == ["xone", "xtwo"]
+        found.append(bytes(data[len(data) - 1]["tokens"][1:-1].tolist()).decode())
+    assert found == ["xone", "xtwo", "xTWO", "xa"]
 
 
 def test_cache_holds_no_half_written_file(build: Build, caches: Path) -> None:
