@@ -110,7 +110,7 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tens
 
 
 @cache
-def _compiled_flex():  # type: ignore[no-untyped-def]  # torch.compile returns an untyped callable
+def _compiled_flex():
     # Uncompiled, flex_attention materialises the N x N map.
     return torch.compile(flex_attention, dynamic=False)
 

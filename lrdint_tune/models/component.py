@@ -92,7 +92,7 @@ def llama3_2(
         )
         layers.append(
             TransformerSelfAttentionLayer(
-                attn=attention,  # type: ignore[arg-type]  # same interface as torchtune's, another class
+                attn=attention,
                 mlp=mlp,
                 sa_norm=RMSNorm(embed_dim, eps=norm_eps),
                 mlp_norm=RMSNorm(embed_dim, eps=norm_eps),
