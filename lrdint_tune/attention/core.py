@@ -135,7 +135,7 @@ def running_mean(o: Tensor, layout: Layout, state: RunningState | None = None) -
     """Prefix mean over the rows of a document: ``out[i] = 1/c_i sum_{m <= i, same document} o[m]`` (methods.md 1.1).
 
     With ``o = A1 v`` this is ``A3 v`` for the causal ``A3[i, j] = 1/(i+1) sum_{m <= i} A1[m, j]``: no ``N x N`` map.
-    Rows that may see no key (padding) are not counted.
+    Rows that may see no key (padding) are not counted, and receive 0.
 
     Args:
         o: ``[B, H, N, hd]``.
@@ -175,7 +175,7 @@ def _continued_mean(x: Tensor, layout: Layout, state: RunningState) -> Tensor:
     count = count + continuing * state.count[:b, None].to(x.dtype)
     state.total[:b] = total[:, :, -1].detach().to(state.total.dtype)
     state.count[:b] = count[:, -1].to(state.count.dtype)
-    return total / count.clamp(min=1.0)[:, None, :, None]
+    return total * (weight / count.clamp(min=1.0))[:, None, :, None]
 
 
 def document_mean(o: Tensor, layout: Layout) -> Tensor:
@@ -196,4 +196,4 @@ def document_mean(o: Tensor, layout: Layout) -> Tensor:
     totals = totals.index_put((rows, ids), (x * weight[:, None, :, None]).transpose(1, 2), accumulate=True)
     counts = counts.index_put((rows, ids), weight, accumulate=True)
     means = totals / counts.clamp(min=1.0)[:, :, None, None]
-    return means[rows, ids].transpose(1, 2).to(o.dtype)
+    return (means[rows, ids] * weight[:, :, None, None]).transpose(1, 2).to(o.dtype)

@@ -164,9 +164,18 @@ class Layout:
 
     @cached_property
     def valid(self) -> Tensor | None:
-        """bool ``[B or 1, N]``, False for rows that may see no key (padding); None when every row sees at least
-        itself."""
-        return None if self._dense is None else self._dense.any(-1)
+        """bool ``[B or 1, N]``, False for rows that may see no key (padding); None when every row sees at least itself.
+
+        A ``BlockMask`` is asked whether the row may see itself.
+        """
+        if self._dense is not None:
+            return self._dense.any(-1)
+        if self._block is None:
+            return None
+        allowed, head = self._block.mask_mod, torch.zeros((), dtype=torch.int64, device=self.device)
+        see_itself = torch.vmap(torch.vmap(lambda b, i: allowed(b, head, i, i), (None, 0)), (0, None))
+        rows = torch.arange(self.num_queries, device=self.device)
+        return see_itself(torch.arange(self._block.shape[0], device=self.device), rows)
 
     @cached_property
     def starts(self) -> Tensor | None:

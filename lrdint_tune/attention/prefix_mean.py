@@ -17,7 +17,8 @@ BLOCK = 64
 
 
 class PrefixMean:
-    """``out[i] = 1/c_i sum of x[m] over the counted rows m <= i of i's document``; ``c_i`` is how many those are.
+    """``out[i] = 1/c_i sum of x[m] over the counted rows m <= i of i's document``; ``c_i`` is how many those
+    are. Rows that are not counted themselves receive 0.
 
     Linear in ``x``, so its matrices are built once and serve every layer of a forward. Within a block of ``C`` rows the
     sum is a lower triangular matrix; what the block's first document had accumulated before comes from the sums of the
@@ -39,7 +40,9 @@ class PrefixMean:
         before = torch.where(starts, total - counted.long(), 0).cummax(1).values  # counted rows of earlier documents
         document = self._blocks(starts.cumsum(1))  # [B, N/C, C]
         weight = self._blocks(counted.to(dtype))
-        share = 1 / self._blocks(total - before).clamp(min=1).to(dtype)
+        share = weight / self._blocks(total - before).clamp(min=1).to(
+            dtype
+        )  # 0 for rows that are not counted themselves
         first, last = document[..., :1], document[..., -1:]
 
         def entries(allowed: Tensor) -> Tensor:
