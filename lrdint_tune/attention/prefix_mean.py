@@ -40,9 +40,7 @@ class PrefixMean:
         before = torch.where(starts, total - counted.long(), 0).cummax(1).values  # counted rows of earlier documents
         document = self._blocks(starts.cumsum(1))  # [B, N/C, C]
         weight = self._blocks(counted.to(dtype))
-        share = weight / self._blocks(total - before).clamp(min=1).to(
-            dtype
-        )  # 0 for rows that are not counted themselves
+        share = weight / self._blocks(total - before).clamp(min=1).to(dtype)
         first, last = document[..., :1], document[..., -1:]
 
         def entries(allowed: Tensor) -> Tensor:
