@@ -29,7 +29,7 @@ class LlamaDecoder(TransformerDecoder):
         super().__init__(**kwargs)
         self.spec = spec
 
-    def forward(  # type: ignore[override]  # torchtune's encoder arguments have no use in a decoder-only model
+    def forward(
         self, tokens: Tensor, *, mask: MaskType = None, input_pos: Tensor | None = None, labels: Tensor | None = None
     ) -> Tensor:
         """
@@ -50,7 +50,8 @@ class LlamaDecoder(TransformerDecoder):
         self._validate_inputs(tokens.shape[1], mask=cast(Any, mask), input_pos=input_pos)
         offset = self.attention(0).kv_cache.size if self.caches_are_enabled() else 0  # type: ignore[union-attr]
         # Built once: the layers share what is derived from it.
-        layout = Layout(mask, input_pos, num_queries=tokens.shape[1], offset=offset, device=tokens.device)
+        b, n = tokens.shape
+        layout = Layout(mask, input_pos, num_queries=n, batch_size=b, offset=offset, device=tokens.device)
         h = self.tok_embeddings(tokens)
         for layer in self.layers:
             h = layer(h, mask=layout, input_pos=layout.input_pos)

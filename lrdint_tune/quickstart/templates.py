@@ -7,8 +7,8 @@ from dataclasses import dataclass
 class Step:
     """One calculation of the worked answer: ``result = left op right``.
 
-    ``left`` and ``right`` are names of numbers of the problem, names of earlier results, or constants. In ``text``,
-    ``{eq}`` becomes the written calculation, for instance ``4 * 6 = 24``.
+    ``left`` and ``right`` name numbers of the problem or earlier results, or are constants. ``{eq}`` in ``text`` is
+    the written calculation, for instance ``4 * 6 = 24``.
     """
 
     result: str
@@ -32,13 +32,13 @@ class Template:
 
 
 NAMES = (
-    "Amara", "Ben", "Chloe", "Dmitri", "Elena", "Farid", "Grace", "Hiro", "Ines", "Jonas", "Kofi", "Leila",
-    "Mateo", "Nadia", "Oscar", "Priya", "Quinn", "Rosa", "Samuel", "Tara", "Umar", "Vera", "Wei", "Yusuf",
-)  # fmt: skip
+    "Amara Ben Chloe Dmitri Elena Farid Grace Hiro Ines Jonas Kofi Leila Mateo Nadia Oscar Priya Quinn Rosa Samuel"
+    " Tara Umar Vera Wei Yusuf"
+).split()
 THINGS = (
-    "pencils", "marbles", "stickers", "apples", "buttons", "postcards", "shells", "candles", "badges", "cups",
-    "plums", "ribbons", "notebooks", "beads", "stamps", "erasers",
-)  # fmt: skip
+    "pencils marbles stickers apples buttons postcards shells candles badges cups plums ribbons notebooks beads stamps"
+    " erasers"
+).split()
 
 TEMPLATES = (
     Template(
@@ -132,8 +132,7 @@ TEMPLATES = (
         "fence around a garden",
         {"long": (8, 40, 1), "wide": (3, 20, 1), "price": (2, 15, 1)},
         (
-            "A rectangular garden is {long} metres long and {wide} metres wide. A metre of fence costs {price} dollars."
-            " What does a fence all the way around cost in dollars?",
+            "A garden is {long} metres by {wide}. What does a fence all around cost at {price} dollars a metre?",
             "{name} fences a rectangle of {long} by {wide} metres. Every metre of the fence is {price} dollars. How"
             " many dollars does {name} pay?",
         ),
@@ -344,8 +343,7 @@ TEMPLATES = (
         {"first": (40, 100, 1), "second": (40, 100, 1), "third": (40, 100, 1)},
         (
             "{name} scores {first}, {second} and {third} points in three tests. What is the average score?",
-            "In three games {name} wins {first}, {second} and {third} points. How many points is that per game on"
-            " average?",
+            "In three games {name} wins {first}, {second} and {third} points. What is that per game on average?",
         ),
         (
             Step("two", "first", "+", "second", "The first two make {eq} points."),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from lrdint_tune.attention.lambdas import LambdaForm
 from lrdint_tune.errors import ConfigError
 from lrdint_tune.models.decoder import LlamaDecoder
 
@@ -51,7 +52,7 @@ def checkpoint_activations(model: LlamaDecoder, mode: str) -> None:
     if mode == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _save_expensive)
     for layer in model.layers:
-        layer.forward = partial(checkpoint, layer.forward, **options)  # type: ignore[method-assign]
+        layer.forward = partial(checkpoint, layer.forward, **options)
 
 
 def _save_expensive(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -94,12 +95,12 @@ def materialise(model: LlamaDecoder, device: torch.device) -> None:
     """Give a sharded meta-device model memory, RoPE caches and non-persistent buffers; weights are still to be
     loaded."""
     model.to_empty(device=device)
-    with device:
-        for module in model.modules():
-            if hasattr(module, "rope_init"):
+    for module in model.modules():
+        if hasattr(module, "rope_init"):
+            with device:
                 module.rope_init()
-    for method in model.methods():
-        method.reset_parameters()
+        if isinstance(module, LambdaForm):
+            module.reset_parameters()
 
 
 @torch.no_grad()
@@ -145,5 +146,5 @@ def copy_into(name: str, target: Tensor, tensor: Tensor) -> None:
 def full_tensor(tensor: Tensor) -> Tensor:
     """The whole tensor on the CPU, detached; a collective when it is sharded, so every rank must call it."""
     if isinstance(tensor, DTensor):
-        tensor = cast(DTensor, tensor).full_tensor()
+        tensor = tensor.full_tensor()
     return tensor.detach().cpu()

@@ -58,24 +58,28 @@ class Trainer:
 
         # The model first, without memory: a wrong option must not wait for the data to be tokenised.
         model = build_model(cfg)
-        vocab_size = model.spec.vocab_size
         check_hf_config(self.checkpoint_dir, self.file_spec(model.spec))
         tokenizer = build_tokenizer(cfg.tokenizer)
         self.accumulation = accumulation_steps(cfg, world.size)
-        self.loader = build_loader(
-            "dataset", cfg.dataset, cfg, world, tokenizer, vocab_size=vocab_size, accumulation=self.accumulation
-        )
-        self.loader_val = (
-            None
-            if cfg.dataset_val is None
-            else build_loader("dataset_val", cfg.dataset_val, cfg, world, tokenizer, vocab_size=vocab_size)
-        )
-        self.epoch_starts = self._epoch_starts()
-        self.total_steps = self.epoch_starts[-1]
+        self.global_batch = cfg.batch_size * world.size * self.accumulation
+        self.loader = build_loader("dataset", cfg.dataset, cfg, world, tokenizer)
+        self.loader.check_vocabulary(model.spec.vocab_size)
+        self.loader_val = None
+        if cfg.dataset_val is not None:
+            self.loader_val = build_loader("dataset_val", cfg.dataset_val, cfg, world, tokenizer)
+            self.loader_val.check_vocabulary(model.spec.vocab_size)
+        steps = self.loader.steps_per_epoch(self.global_batch)
+        self.steps_per_epoch = min(steps, cfg.max_steps_per_epoch or steps)
+        self.total_steps = self.steps_per_epoch * cfg.epochs
 
         model = build_model(cfg, total_steps=self.total_steps)
         self.spec = model.spec
         set_trainable(model, cfg.trainable)
+        if self.checkpoint_dir.resolve() == (self.output_dir / "hf").resolve():
+            raise ConfigError(
+                f"output_dir={cfg.output_dir!r}: its hf folder is checkpointer.checkpoint_dir and would be "
+                "replaced; choose another"
+            )
         if self.spec.leaks_future:
             log.warning(
                 "integral=sequence: future tokens reach the past. Training loss and ordinary validation loss are "
@@ -88,7 +92,6 @@ class Trainer:
             )
 
         self.step = 0
-        self._batches: Iterator[Batch] | None = None
         self.checkpoints = CheckpointManager(
             self.output_dir / "checkpoints", keep_last_n=cfg.keep_last_n_checkpoints, is_main=world.is_main
         )
@@ -117,16 +120,9 @@ class Trainer:
     # ------------------------------------------------------------------ building
 
     def file_spec(self, spec: ModelSpec) -> ModelSpec:
-        """The model as the pretrained files know it: with ``untie_lm_head`` their head is still the embedding matrix."""
+        """The model as the pretrained files know it: with ``untie_lm_head`` their head is still the embedding
+        matrix."""
         return dataclasses.replace(spec, tie_word_embeddings=True) if self.cfg.untie_lm_head else spec
-
-    def _epoch_starts(self) -> list[int]:
-        """The step at which each epoch begins, and last the number of all steps. With packing, epochs differ in length."""
-        starts = [0]
-        for epoch in range(self.cfg.epochs):
-            steps = self.loader.steps_per_epoch(epoch=epoch)
-            starts.append(starts[-1] + min(steps, self.cfg.max_steps_per_epoch or steps))
-        return starts
 
     def _load_model(self, model: LlamaDecoder) -> LlamaDecoder:
         cfg, world = self.cfg, self.world
@@ -157,7 +153,7 @@ class Trainer:
             **spec,
             **options,
             "trainable": sorted(self.cfg.trainable),
-            "global_batch_size": self.loader.global_batch,
+            "global_batch_size": self.global_batch,
             "max_seq_len": self.cfg.max_seq_len,
             "seed": self.cfg.seed,
         }
@@ -229,12 +225,16 @@ class Trainer:
             if recorder is not None:
                 recorder.close()
         self.export()
+        if recorder is not None:
+            self._report(recorder)
 
     def _train_step(self, logging_step: bool) -> tuple[dict[str, float], float, float]:
         """One optimizer step; returns its scalars, its input tokens over all ranks and the seconds spent waiting for
         data."""
         start = time.perf_counter()
-        batches = self._next_batches()
+        if self.step % self.steps_per_epoch == 0:
+            self.loader.start_epoch(self.step // self.steps_per_epoch)
+        batches = [self.loader.next_batch() for _ in range(self.accumulation)]
         data_seconds = time.perf_counter() - start
 
         self.model.advance_schedule(self.step)
@@ -280,19 +280,10 @@ class Trainer:
         self.model.advance_schedule(self.step)
         return values, input_tokens, data_seconds
 
-    def _next_batches(self) -> list[Batch]:
-        """The micro-batches of the next optimizer step."""
-        if self._batches is None or self.step in self.epoch_starts:
-            if self.step in self.epoch_starts:
-                self.loader.start_epoch(self.epoch_starts.index(self.step))
-            self._batches = iter(self.loader)
-        return [next(self._batches) for _ in range(self.accumulation)]
-
     def _loss(self, batch: Batch) -> Tensor:
         """Sum of the token losses of a micro-batch."""
-        batch = batch.to(self.world.device)
-        mask = DocumentMask(batch.lengths)
-        return self.model(batch.tokens, mask=mask, input_pos=batch.input_pos, labels=batch.labels)
+        tokens, labels, input_pos = (t.to(self.world.device) for t in (batch.tokens, batch.labels, batch.input_pos))
+        return self.model(tokens, mask=DocumentMask(batch.lengths), input_pos=input_pos, labels=labels)
 
     @torch.no_grad()
     def validate(self) -> float:
@@ -300,8 +291,7 @@ class Trainer:
         assert self.loader_val is not None
         total = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         self.model.enable_diagnostics(False)
-        self.loader_val.start_epoch(0)
-        for batch in self.loader_val:
+        for batch in self.loader_val.epoch_batches():
             total[0] += self._loss(batch).double()
             total[1] += batch.num_label_tokens
         dist.all_reduce(total)
@@ -312,6 +302,14 @@ class Trainer:
         progress.message(f"step {self.step}: held-out NLL {nll:.4f} nats per token")
         if recorder is not None:
             recorder.log({"validation_metrics/loss": nll}, self.step)
+
+    @staticmethod
+    def _report(recorder: TensorBoardLogger) -> None:
+        validations = recorder.history("validation_metrics/loss")
+        if validations:
+            (first, before), (last, after) = validations[0], validations[-1]
+            log.info("held-out NLL per token: %.4f at step %d, %.4f at step %d", before, first, after, last)
+        log.info("curves: tensorboard --logdir %s", recorder.log_dir)
 
     def _stop_for_nonfinite(self, loss: float, norm: float, batches: list[Batch], losses: list[Tensor]) -> None:
         bad = [b for b, value in zip(batches, losses, strict=True) if not torch.isfinite(value)]
@@ -401,7 +399,7 @@ class Trainer:
 
 
 def _rows(batches: list[Batch]) -> list[int]:
-    return sorted({int(row) for batch in batches for ids in batch.row_ids for row in ids})
+    return sorted({int(row) for batch in batches for row in batch.row_ids})
 
 
 def _total_norm(parameters: list[torch.nn.Parameter]) -> float:

@@ -1,0 +1,156 @@
+"""What training changed, without the rest of the model: the new tensors and the trained ones of the base."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lrdint_tune import __version__
+from lrdint_tune.errors import ConfigError
+from lrdint_tune.export.atomic import atomic_folder
+from lrdint_tune.export.hf_folder import write_json
+from lrdint_tune.export.plan import PEFT_TYPE, refuse_foreign_folder, refuse_leak
+from lrdint_tune.export.safetensors_file import SafetensorsFile
+from lrdint_tune.models.decoder import is_new_tensor
+from lrdint_tune.models.hf import hf_to_tune, read_safetensors, state_shapes, to_hf, tune_to_hf
+from lrdint_tune.models.hf_config import FORMAT_VERSION, compare_method, full_options, read_json
+from lrdint_tune.models.spec import ModelSpec
+
+ADAPTER_FILE = "adapter_model.safetensors"
+BASE_FILE = "modules_to_save.safetensors"
+CONFIG_FILE = "adapter_config.json"
+# The length of the RoPE cache is no property of the weights.
+_SIZES = [f.name for f in dataclasses.fields(ModelSpec) if f.name not in ("max_seq_len", "method", "method_options")]
+
+
+def save_adapter(
+    directory: str | Path,
+    tensors: Mapping[str, Tensor],
+    spec: ModelSpec,
+    *,
+    base_model_name_or_path: str,
+    trained_base: Mapping[str, Tensor] | None = None,
+    trainable: list[str],
+) -> None:
+    """Save the new tensors, and the trained tensors of the base, so that base + folder is the trained model.
+
+    Files: ``adapter_model.safetensors`` (new tensors), ``modules_to_save.safetensors`` (trained tensors of the base,
+    if any) and ``adapter_config.json`` (field names as PEFT's). All tensors have Hugging Face names and element order
+    and keep their dtype. The folder appears whole or not at all, and replaces one that an earlier save left.
+
+    Args:
+        directory: the folder.
+        tensors: every new tensor of the model, buffers included: state-dict name -> whole tensor.
+        spec: the model.
+        base_model_name_or_path: the pretrained model that the adapter belongs to.
+        trained_base: the tensors of the pretrained model that were trained.
+        trainable: the run's ``trainable`` groups, for the record.
+
+    Raises:
+        ConfigError: the model leaks future tokens, a tensor has no Hugging Face name, or ``directory`` holds
+            something that this package did not save.
+        ValueError: the tensors are not those of the spec.
+    """
+    refuse_leak(spec)
+    refuse_foreign_folder(directory)
+    trained_base = trained_base or {}
+    shapes = state_shapes(spec)
+    new = {name for name in shapes if is_new_tensor(name)}
+    wrong = (new ^ tensors.keys()) | (trained_base.keys() - (shapes.keys() - new))
+    if wrong:
+        raise ValueError(f"tensor {sorted(wrong)[0]!r} is missing among the new tensors, or is none of this model's")
+    with atomic_folder(directory) as folder:
+        _write(folder / ADAPTER_FILE, tensors, spec)
+        if trained_base:
+            _write(folder / BASE_FILE, trained_base, spec)
+        write_json(folder / CONFIG_FILE, _config(spec, tensors, trained_base, base_model_name_or_path, trainable))
+
+
+def load_adapter(directory: str | Path, spec: ModelSpec) -> dict[str, Tensor]:
+    """Read what :func:`save_adapter` wrote: everything to load over the pretrained weights.
+
+    Args:
+        directory: the folder.
+        spec: the model that is to receive the tensors.
+
+    Returns:
+        State-dict name -> CPU tensor, in the dtype of the file.
+
+    Raises:
+        ConfigError: a file is missing or damaged, the adapter belongs to a model of other sizes or to another method
+            or other options, or a tensor is missing, unexpected or of another shape.
+    """
+    folder = Path(directory)
+    if not (folder / CONFIG_FILE).is_file():
+        raise ConfigError(f"adapter folder {str(folder)!r}: no {CONFIG_FILE}; give a folder that a training run saved")
+    config = read_json(folder / CONFIG_FILE)
+    if config.get("peft_type") != PEFT_TYPE or config.get("format") != FORMAT_VERSION:
+        raise ConfigError(
+            f"{folder / CONFIG_FILE}: peft_type={config.get('peft_type')!r}, format={config.get('format')!r}: expected "
+            f"{PEFT_TYPE!r} and {FORMAT_VERSION}; give an adapter that this version of lrdint_tune saved"
+        )
+    for field in _SIZES:
+        if config["base_model"][field] != getattr(spec, field):
+            raise ConfigError(
+                f"{folder / CONFIG_FILE}: the adapter's model has {field}={config['base_model'][field]!r} but this "
+                f"model has {field}={getattr(spec, field)!r}; choose the builder that the adapter was trained with"
+            )
+    compare_method(folder / CONFIG_FILE, config["method"], config["method_options"], spec)
+    shapes = state_shapes(spec)
+    tensors = _read(folder / ADAPTER_FILE, {n: s for n, s in shapes.items() if is_new_tensor(n)}, spec)
+    if config["modules_to_save"]:
+        trained = {hf_to_tune(f"{module}.weight", spec) for module in config["modules_to_save"]}
+        tensors |= _read(folder / BASE_FILE, {n: shapes[n] for n in trained}, spec)
+    return tensors
+
+
+def _write(file: Path, tensors: Mapping[str, Tensor], spec: ModelSpec) -> None:
+    layout = {tune_to_hf(name, spec): (tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    with SafetensorsFile(file, layout) as out:
+        for name, tensor in tensors.items():
+            out.write(*to_hf(name, tensor.detach(), spec))
+
+
+def _read(file: Path, shapes: Mapping[str, tuple[int, ...]], spec: ModelSpec) -> dict[str, Tensor]:
+    if not file.is_file():
+        raise ConfigError(f"adapter folder {str(file.parent)!r}: no {file.name}; save or copy the folder again")
+    tensors = dict(read_safetensors(file, spec))
+    for name in sorted(shapes.keys() ^ tensors.keys()):
+        what = "missing" if name in shapes else "unexpected"
+        raise ConfigError(f"{file}: tensor {name!r} is {what}; save or copy the folder again")
+    for name, shape in shapes.items():
+        if tuple(tensors[name].shape) != shape:
+            raise ConfigError(
+                f"{file}: {name} has shape {list(tensors[name].shape)} but the model expects {list(shape)}; "
+                "choose the builder and the method options that the adapter was trained with"
+            )
+    return tensors
+
+
+def _config(
+    spec: ModelSpec,
+    tensors: Mapping[str, Tensor],
+    trained_base: Mapping[str, Tensor],
+    base_model_name_or_path: str,
+    trainable: list[str],
+) -> dict[str, Any]:
+    options = full_options(spec)
+    return {
+        "peft_type": PEFT_TYPE,
+        "format": FORMAT_VERSION,
+        "lrdint_tune_version": __version__,
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model_name_or_path,
+        "inference_mode": True,
+        "r": options.get("rank"),
+        "target_modules": ["self_attn"] if tensors else [],
+        "modules_to_save": sorted(tune_to_hf(name, spec).removesuffix(".weight") for name in trained_base),
+        "method": spec.method,
+        "method_options": options,
+        "trainable": trainable,
+        "base_model": {field: getattr(spec, field) for field in _SIZES},
+    }

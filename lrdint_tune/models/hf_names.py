@@ -1,0 +1,155 @@
+"""Names and element order of every tensor, torchtune <-> Hugging Face.
+
+Two conventions differ. The names are mapped by the tables below. The order of the rotary dimensions differs too:
+torchtune (and Meta) rotate neighbouring pairs ``(2i, 2i + 1)`` of a head, Hugging Face rotates ``(i, i + hd / 2)``.
+Whatever ends in the rotary dimensions of a head (the rows of the query and key projections, and those of a method's
+second queries and keys) is therefore reordered, head by head; everything else is copied.
+
+A tensor that no table names is an error: a tensor that should have been reordered and was not would load without
+complaint and compute nonsense.
+"""
+
+from __future__ import annotations
+
+import re
+
+from torch import Tensor
+
+from lrdint_tune.errors import ConfigError
+from lrdint_tune.models.spec import ModelSpec
+
+_MODEL_NAMES = {
+    "tok_embeddings.weight": "model.embed_tokens.weight",
+    "norm.scale": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_LAYER_NAMES = {
+    "sa_norm.scale": "input_layernorm.weight",
+    "attn.q_proj.weight": "self_attn.q_proj.weight",
+    "attn.k_proj.weight": "self_attn.k_proj.weight",
+    "attn.v_proj.weight": "self_attn.v_proj.weight",
+    "attn.output_proj.weight": "self_attn.o_proj.weight",
+    "mlp_norm.scale": "post_attention_layernorm.weight",
+    "mlp.w1.weight": "mlp.gate_proj.weight",
+    "mlp.w2.weight": "mlp.down_proj.weight",
+    "mlp.w3.weight": "mlp.up_proj.weight",
+}
+_METHOD_PREFIX = {"tune": "attn.method.", "hf": "self_attn.method."}
+_METHOD_TAILS = (
+    "q2.down.weight",
+    "q2.up",
+    "q2.weight",
+    "k2.down.weight",
+    "k2.up",
+    "k2.weight",
+    "lam.value",
+    "lam.step",
+)
+_LAYER_NAMES |= {_METHOD_PREFIX["tune"] + tail: _METHOD_PREFIX["hf"] + tail for tail in _METHOD_TAILS}
+
+# The dimension that holds the rotary dimensions of the heads, for the tensors that have one.
+_ROTARY_DIM = {
+    "attn.q_proj.weight": 0,  # [H * hd, D]
+    "attn.k_proj.weight": 0,  # [K * hd, D]
+    "attn.method.q2.up": 2,  # [H, r, hd]
+    "attn.method.k2.up": 2,  # [K, r, hd]
+    "attn.method.q2.weight": 0,  # [H * hd, D], rank: null
+    "attn.method.k2.weight": 0,  # [K * hd, D], rank: null
+}
+
+_MODEL_NAMES_FROM_HF = {hf: tune for tune, hf in _MODEL_NAMES.items()}
+_LAYER_NAMES_FROM_HF = {hf: tune for tune, hf in _LAYER_NAMES.items()}
+_TUNE_LAYER = re.compile(r"layers\.(\d+)\.(.+)")
+_HF_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+
+
+def tune_to_hf(name: str, spec: ModelSpec) -> str:
+    """The Hugging Face name of the tensor that the model's state dict calls ``name``.
+
+    Raises:
+        ConfigError: the name belongs to no tensor of a model with this spec.
+    """
+    if name in _MODEL_NAMES:
+        return _MODEL_NAMES[name]
+    layer, tail = _split_layer(name, _TUNE_LAYER, spec)
+    if tail not in _LAYER_NAMES:
+        raise _unknown(name)
+    return f"model.layers.{layer}.{_LAYER_NAMES[tail]}"
+
+
+def hf_to_tune(name: str, spec: ModelSpec) -> str:
+    """The state-dict name of the tensor that Hugging Face calls ``name``: the inverse of :func:`tune_to_hf`.
+
+    Raises:
+        ConfigError: the name belongs to no tensor of a model with this spec.
+    """
+    if name in _MODEL_NAMES_FROM_HF:
+        return _MODEL_NAMES_FROM_HF[name]
+    layer, tail = _split_layer(name, _HF_LAYER, spec)
+    if tail not in _LAYER_NAMES_FROM_HF:
+        raise _unknown(name)
+    return f"layers.{layer}.{_LAYER_NAMES_FROM_HF[tail]}"
+
+
+def to_hf(name: str, tensor: Tensor, spec: ModelSpec) -> tuple[str, Tensor]:
+    """Name and element order of Hugging Face for a tensor of the model's state dict.
+
+    Args:
+        name: state-dict name.
+        tensor: any shape, dtype and device (meta too).
+        spec: the model; its ``head_dim`` divides the reordered dimension.
+
+    Returns:
+        The Hugging Face name and the tensor, shape and dtype unchanged.
+
+    Raises:
+        ConfigError: the name belongs to no tensor of a model with this spec.
+    """
+    dim = rotary_dim(name)
+    if dim is not None:
+        tensor = _interleaved_to_halves(tensor, dim, spec.head_dim)
+    return tune_to_hf(name, spec), tensor
+
+
+def to_tune(name: str, tensor: Tensor, spec: ModelSpec) -> tuple[str, Tensor]:
+    """State-dict name and element order for a tensor of a Hugging Face folder: the inverse of :func:`to_hf`."""
+    tune_name = hf_to_tune(name, spec)
+    dim = rotary_dim(tune_name)
+    if dim is not None:
+        tensor = _halves_to_interleaved(tensor, dim, spec.head_dim)
+    return tune_name, tensor
+
+
+def rotary_dim(name: str) -> int | None:
+    """The dimension of the tensor with this state-dict name that is reordered, or None where nothing is."""
+    match = _TUNE_LAYER.fullmatch(name)
+    return _ROTARY_DIM.get(match[2]) if match else None
+
+
+def stays_float32(name: str) -> bool:
+    """Whether the tensor with this state-dict name is float32 in every file, whatever the dtype of the rest.
+
+    The values of lambda are: bfloat16 has 8 bits of mantissa, and a lambda near 1 would move in steps of 1/256.
+    """
+    return ".attn.method.lam." in name
+
+
+def _split_layer(name: str, pattern: re.Pattern[str], spec: ModelSpec) -> tuple[int, str]:
+    match = pattern.fullmatch(name)
+    if match is None or int(match[1]) >= spec.num_layers:
+        raise _unknown(name)
+    return int(match[1]), match[2]
+
+
+def _unknown(name: str) -> ConfigError:
+    return ConfigError(f"tensor {name!r}: no such tensor in this model; check the method and the number of layers")
+
+
+def _interleaved_to_halves(tensor: Tensor, dim: int, head_dim: int) -> Tensor:
+    pairs = tensor.unflatten(dim, (-1, head_dim // 2, 2))  # head, pair, member
+    return pairs.transpose(dim + 1, dim + 2).flatten(dim, dim + 2).contiguous()
+
+
+def _halves_to_interleaved(tensor: Tensor, dim: int, head_dim: int) -> Tensor:
+    halves = tensor.unflatten(dim, (-1, 2, head_dim // 2))  # head, member, pair
+    return halves.transpose(dim + 1, dim + 2).flatten(dim, dim + 2).contiguous()
