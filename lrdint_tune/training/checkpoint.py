@@ -9,6 +9,7 @@ Frozen pretrained weights are not in it: they are read from ``checkpoint_dir`` a
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -88,6 +89,18 @@ class CheckpointManager:
                 "folder, auto or never"
             )
         return path
+
+    def set_aside_after(self, step: int) -> None:
+        """Move checkpoints of later steps into a folder ``set-aside-K``: training goes on from ``step`` (0: from the
+        beginning), and a later ``resume: auto`` must find the new branch."""
+        later = [s for s in self.steps() if s > step] if self.is_main else []
+        if not later:
+            return
+        aside = next(p for k in itertools.count(1) if not (p := self.folder / f"set-aside-{k}").exists())
+        aside.mkdir()
+        for later_step in reversed(later):
+            os.rename(self.folder / f"step-{later_step}", aside / f"step-{later_step}")
+        log.warning("moved the earlier run's step-%s to %s", ", step-".join(map(str, later)), aside)
 
     def save(self, step: int, model: nn.Module, optimizer: Optimizer, train_state: dict[str, Any]) -> Path:
         """Write ``step-N``; every rank must call it. Saving reads the model and changes nothing in it."""

@@ -34,10 +34,8 @@ class TensorBoardLogger:
     def open(self, *, resumed_step: int) -> None:
         """Start recording after ``resumed_step`` (0 for a new run)."""
         self.log_dir.mkdir(parents=True, exist_ok=True)
-        if resumed_step == 0:
-            for old in self.log_dir.glob("events.out.tfevents.*"):
-                old.rename(old.with_name(f"previous.{old.name.removeprefix('events.out.')}"))
-        self._writer = SummaryWriter(str(self.log_dir), purge_step=resumed_step + 1 if resumed_step else None)
+        # Older event files stay; a new run hides all that is in them, its validation before step 1 included.
+        self._writer = SummaryWriter(str(self.log_dir), purge_step=resumed_step + 1 if resumed_step else 0)
         self._file = self.log_dir / JSON_FILE
         lines = self._file.read_text().splitlines() if self._file.is_file() else []
         kept = [line for line in lines if line.endswith("}") and 0 < resumed_step >= json.loads(line)["step"]]

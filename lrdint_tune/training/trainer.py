@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -97,6 +98,8 @@ class Trainer:
         )
         self.checkpoints.recover()
         dist.barrier()
+        if cfg.resume != "auto" and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+            log.warning("resume=%s: a restart by torchrun begins there again; auto goes on from the latest", cfg.resume)
         resume_from = self.checkpoints.find(cfg.resume)
         saved = None
         if resume_from is not None:
@@ -173,6 +176,11 @@ class Trainer:
         self.step = saved["step"]
         self.loader.load_state_dict(saved["loader"])
         if self.scheduler is not None and saved["lr_scheduler"] is not None:
+            if self.scheduler.base_lrs != saved["lr_scheduler"]["base_lrs"]:
+                log.warning(
+                    "optimizer.lr, lam_lr: no effect, the schedule goes on with the checkpoint's learning rates %s",
+                    saved["lr_scheduler"]["base_lrs"],
+                )
             self.scheduler.load_state_dict(saved["lr_scheduler"])
             for group, lr in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
                 group["lr"] = lr
@@ -193,6 +201,7 @@ class Trainer:
             stands.
         """
         cfg = self.cfg
+        self.checkpoints.set_aside_after(self.step)
         recorder = self._open_recorder()
         progress = Progress(self.total_steps, self.step, enabled=self.world.is_main)
         throughput = Throughput(training_flops_per_token(self.model, cfg.max_seq_len), self.world.size)

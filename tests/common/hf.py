@@ -60,9 +60,9 @@ def interleave(rows: Tensor, head_dim: int) -> Tensor:
     return heads.transpose(1, 2).reshape(rows.shape)
 
 
-def to_torchtune(model: LlamaForCausalLM) -> dict[str, Tensor]:
-    """The state dict under torchtune's names, query and key rows in interleaved order."""
-    source = model.state_dict()
+def to_torchtune(model: LlamaForCausalLM, gradients: bool = False) -> dict[str, Tensor]:
+    """The state dict (or the gradients) under torchtune's names, query and key rows in interleaved order."""
+    source = {name: p.grad if gradients else p.detach() for name, p in model.named_parameters()}
     head_dim = model.config.head_dim
     state = {"tok_embeddings.weight": source["model.embed_tokens.weight"], "norm.scale": source["model.norm.weight"]}
     if not model.config.tie_word_embeddings:

@@ -82,6 +82,12 @@ def layout_case(name: str) -> Case:
     if name in ("left_padded_block", "right_padded_block"):
         rows = _padded_rows(name.split("_")[0])
         return Case(rows, mask=_block(rows.allowed), input_pos=rows.positions)
+    if name == "hole":  # a padded position inside the document: it sees nothing and nothing sees it
+        real = _positions() != 5
+        rows = Rows(
+            _causal() & real[:, :, None] & real[:, None, :], torch.zeros_like(_positions()), real.cumsum(-1) - 1
+        )
+        return Case(rows, mask=rows.allowed, input_pos=rows.positions)
     if name == "left_padded_torchtune":  # torchtune's padding masks leave the diagonal open on padded rows
         rows = _padded_rows("left", pads_see_themselves=True)
         return Case(rows, mask=rows.allowed, input_pos=rows.positions)
@@ -98,6 +104,7 @@ LAYOUTS = [
     "left_padded",
     "right_padded",
     "left_padded_torchtune",
+    "hole",
 ]
 BLOCK_LAYOUTS = ["packed_block", "left_padded_block", "right_padded_block"]
 """BlockMasks, which only the flex backend takes."""

@@ -59,7 +59,7 @@ def wake(model: LlamaDecoder, low: float = 0.2, high: float = 0.8) -> LlamaDecod
     return model
 
 
-def attention_of(model: LlamaDecoder, layer: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
+def attention_of(model: LlamaDecoder, layer: int = 0, dtype: torch.dtype = torch.float64) -> Any:
     """One attention module in `dtype`, with the rotation in that dtype too."""
     attention = model.layers[layer].attn.to(dtype)
     attention.pos_embeddings = Rope64()

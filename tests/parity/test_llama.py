@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from lrdint_tune.models import llama3_2
 from tests.common.hf import tiny_llama, to_torchtune
@@ -50,6 +51,30 @@ def test_logits_equal(variant: str, backend: str) -> None:
     # Scaled frequencies differ visibly only over hundreds of positions.
     ours, theirs = logits({**SIZES, **VARIANTS[variant]}, backend, 600 if variant == "llama3_rope" else 40)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("variant", ["tied", "untied"])
+def test_summed_loss_and_gradients_equal(variant: str) -> None:
+    """The loss that never holds the logits, against theirs; ignored positions count for nothing."""
+    sizes = {**SIZES, **VARIANTS[variant]}
+    theirs = tiny_llama(sizes)
+    ours = llama3_2(**sizes)
+    ours.load_state_dict(to_torchtune(theirs))
+    tokens = torch.randint(sizes["vocab_size"], (2, 40))
+    labels = tokens.roll(-1, dims=1)
+    labels[:, -1] = -100
+    labels[0, :13] = -100
+    loss = ours(tokens, labels=labels)
+    assert loss.dtype == torch.float32 and loss.shape == ()
+    want = cross_entropy(theirs(tokens).logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+    torch.testing.assert_close(loss, want, rtol=1e-5, atol=0)
+    loss.backward()
+    want.backward()
+    want_gradients = to_torchtune(theirs, gradients=True)
+    assert set(want_gradients) == set(dict(ours.named_parameters()))
+    for name, parameter in ours.named_parameters():
+        scale = want_gradients[name].abs().max().item()
+        torch.testing.assert_close(parameter.grad, want_gradients[name], rtol=1e-4, atol=1e-5 * scale)
 
 
 @pytest.mark.parametrize(

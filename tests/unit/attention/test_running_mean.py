@@ -41,9 +41,10 @@ def test_means(name: str, causal: bool) -> None:
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["running", "document"])
-def test_rows_without_keys_are_not_counted(causal: bool) -> None:
+@pytest.mark.parametrize("name", ["left_padded", "right_padded", "hole"])
+def test_rows_without_keys_are_not_counted(name: str, causal: bool) -> None:
     """Whatever stands in a padded row, no other row's mean depends on it."""
-    case, o = layout_case("left_padded"), random_outputs()
+    case, o = layout_case(name), random_outputs()
     garbage = torch.where(case.rows.valid[:, None, :, None], o, 1e6)
     mean = running_mean if causal else document_mean
     real = case.rows.valid[:, None, :, None].expand_as(o)

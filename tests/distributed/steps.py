@@ -1,0 +1,104 @@
+"""One optimizer step of the real trainer, and the same step computed on one plain model, for comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from lrdint_tune.attention import DocumentMask
+from lrdint_tune.models import llama3_2
+from lrdint_tune.models.hf import iter_hf_folder
+from lrdint_tune.training.components import build_loader, build_model, build_tokenizer
+from lrdint_tune.training.config import TrainConfig, load_config
+from lrdint_tune.training.parallel import full_tensor, initial_method_state, load_weights
+from lrdint_tune.training.trainable import set_trainable
+from lrdint_tune.training.trainer import Trainer
+from lrdint_tune.training.world import World, start_world
+
+
+@dataclass(frozen=True)
+class Step:
+    """Loss per token, the gradient of every trained tensor, and the names in the state dict."""
+
+    loss: float
+    gradients: dict[str, Tensor]
+    names: list[str]
+
+
+def read_config(file: Path, changes: dict[str, Any]) -> TrainConfig:
+    """The config of a tiny run, with other values for some dotted keys."""
+    config = yaml.safe_load(file.read_text())
+    for key, value in changes.items():
+        *path, last = key.split(".")
+        section = config
+        for part in path:
+            section = section[part]
+        section[last] = value
+    return load_config(config)
+
+
+def start_trainer(file: Path, changes: dict[str, Any]) -> Trainer:
+    cfg = read_config(file, changes)
+    world = start_world(cfg.device, replicate=cfg.data_parallel_replicate_dim, shard=cfg.data_parallel_shard_dim)
+    return Trainer(cfg, world)
+
+
+def trainer_step(file: Path, changes: dict[str, Any], at: int = 0) -> Step:
+    """The gradients that the trainer hands to its optimizer when ``at`` steps are done, on the first batch of an epoch.
+
+    Runs on every rank; the result is complete on each.
+    """
+    trainer = start_trainer(file, changes)
+    trainer.step = at
+    gradients: dict[str, Tensor] = {}
+
+    def collect() -> None:
+        for name, parameter in trainer.model.named_parameters():
+            if parameter.requires_grad:
+                assert parameter.grad is not None, name
+                gradients[name] = full_tensor(parameter.grad).clone()
+
+    trainer.optimizer.step = cast(Callable[..., Any], collect)  # type: ignore[method-assign]
+    values, *_ = trainer._train_step(logging_step=False)
+    return Step(values["loss_metrics/global_avg_loss"], gradients, list(trainer.model.state_dict()))
+
+
+def plain_step(file: Path, changes: dict[str, Any], at: int = 0) -> Step:
+    """The same on one unsharded model: ``cross_entropy`` of the whole global batch's logits, one backward pass."""
+    cfg = read_config(file, changes)
+    assert cfg.global_batch_size is not None
+    cfg = read_config(file, {**changes, "batch_size": cfg.global_batch_size})
+    world = World(rank=0, size=1, device=torch.device("cpu"), mesh=cast(DeviceMesh, None))
+    batch = build_loader("dataset", cfg.dataset, cfg, world, build_tokenizer(cfg.tokenizer)).next_batch()
+
+    skeleton = build_model(cfg, total_steps=1)
+    model = llama3_2(**{k: v for k, v in cfg.model.items() if k != "_component_"})
+    set_trainable(model, cfg.trainable)
+    load_weights(model, initial_method_state(skeleton, cfg.seed).items(), complete=False)
+    load_weights(model, iter_hf_folder(cfg.checkpointer["checkpoint_dir"], model.spec), complete=False)
+    model.advance_schedule(at)
+    logits = model(batch.tokens, mask=DocumentMask(batch.lengths), input_pos=batch.input_pos)
+    loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return Step(loss.item(), gradients, list(model.state_dict()))
+
+
+def assert_same_step(actual: Step, expected: Step, *, loss: float = 1e-6, gradients: float = 1e-4) -> None:
+    """Relative tolerances; a gradient's is relative to its largest element, and it must not be all zero."""
+    assert actual.names == expected.names
+    assert actual.gradients.keys() == expected.gradients.keys()
+    assert abs(actual.loss - expected.loss) <= loss * expected.loss, (actual.loss, expected.loss)
+    for name, gradient in expected.gradients.items():
+        largest = gradient.abs().max()
+        assert largest > 0, f"{name}: the gradient is zero, nothing is compared"
+        error = (actual.gradients[name] - gradient).abs().max() / largest
+        assert error <= gradients, f"{name}: relative error {error:.2e}"

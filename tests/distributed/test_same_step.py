@@ -1,0 +1,111 @@
+"""However a global batch is spread over ranks and passes, its loss and the gradient of every trained tensor are those
+of one plain model on the whole batch."""
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.common.tiny_run import SIZES, write_model, write_run
+from tests.distributed.harness import run_ranks
+from tests.distributed.steps import Step, assert_same_step, plain_step, trainer_step
+
+# λ away from 0, so that every new tensor has a gradient.
+DINT = {"model.lam_init": 0.3}
+NONE = {"_component_": "lrdint_tune.models.llama3_2", **SIZES, "method": "none"}
+THREE_HEADS = {"num_heads": 3, "num_kv_heads": 1, "embed_dim": 24}
+
+
+@pytest.fixture(scope="session")
+def even(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """4 heads; 2 layers."""
+    return write_run(tmp_path_factory.mktemp("even"), lr_scheduler=None, clip_grad_norm=None, dataset_val=None)
+
+
+@pytest.fixture(scope="session")
+def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """3 query heads and 1 key head: over two ranks λ [3] is split 2 + 1, and k2.up [1, r, hd] leaves one rank empty."""
+    folder = tmp_path_factory.mktemp("uneven")
+    write_model(folder / "model", **THREE_HEADS)
+    sizes = {f"model__{key}": value for key, value in THREE_HEADS.items()}
+    return write_run(folder, lr_scheduler=None, clip_grad_norm=None, dataset_val=None, **sizes)
+
+
+@cache
+def _expected(function: Any, file: Path, changes: str, at: int) -> Step:
+    return run_ranks(function, 1, file, json.loads(changes), at)[0]
+
+
+def one_process(function: Any, file: Path, changes: dict[str, Any], at: int = 0) -> Step:
+    """On one process; the same question is answered once."""
+    return _expected(function, file, json.dumps(changes, sort_keys=True), at)
+
+
+def check(
+    file: Path, changes: dict[str, Any], at: int = 0, sizes: tuple[int, ...] = (1, 2), **tolerances: float
+) -> None:
+    """The trainer on each number of ranks against one plain model."""
+    expected = one_process(plain_step, file, changes, at)
+    for size in sizes:
+        for step in run_ranks(trainer_step, size, file, changes, at):
+            assert_same_step(step, expected, **tolerances)
+
+
+@pytest.mark.parametrize(
+    ("changes", "at"),
+    [
+        pytest.param(DINT, 0, id="learned"),
+        pytest.param({"model.lam": "annealed", "model.anneal_steps": 4}, 2, id="annealed, half-way"),
+        pytest.param({"model": NONE, "trainable": ["attention"]}, 0, id="none"),
+        pytest.param({"model.method": "diff", "model.rank": None, **DINT}, 0, id="diff, full rank"),
+        pytest.param({"trainable": ["all"], **DINT}, 0, id="tied embeddings and everything else"),
+    ],
+)
+def test_ranks(even: Path, changes: dict[str, Any], at: int) -> None:
+    check(even, changes, at)
+
+
+@pytest.mark.parametrize("sharing", ["head", "layer"])
+def test_ranks_uneven_shards(uneven: Path, sharing: str) -> None:
+    """λ of [3] over two ranks, and of [1], which leaves one rank without any."""
+    check(uneven, {**DINT, "model.lam_sharing": sharing}, sizes=(2,))
+
+
+@pytest.mark.parametrize(("size", "batch_size"), [(1, 4), (1, 2), (1, 1), (2, 2), (2, 1)])
+def test_ranks_and_passes_with_unequal_token_counts(even: Path, size: int, batch_size: int) -> None:
+    """Unpacked rows have unequal numbers of trained tokens: a mean of means would be another number."""
+    changes = {**DINT, "dataset.packed": False}
+    expected = one_process(plain_step, even, changes)
+    for step in run_ranks(trainer_step, size, even, {**changes, "batch_size": batch_size}):
+        assert_same_step(step, expected)
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+@pytest.mark.parametrize("size", [1, 2])
+def test_activation_checkpointing(even: Path, mode: str, size: int) -> None:
+    changes = {**DINT, "enable_activation_checkpointing": True, "ac_mode": mode}
+    expected = one_process(trainer_step, even, DINT)
+    for step in run_ranks(trainer_step, size, even, changes):
+        assert_same_step(step, expected, gradients=1e-5 if size == 1 else 1e-4)
+
+
+def test_replicas_of_one_shard_each(even: Path) -> None:
+    """A 2 x 1 mesh: gradients are averaged over the replicas."""
+    changes = {**DINT, "data_parallel_replicate_dim": 2, "data_parallel_shard_dim": 1}
+    expected = one_process(plain_step, even, DINT)
+    for step in run_ranks(trainer_step, 2, even, changes):
+        assert_same_step(step, expected)
+
+
+@pytest.mark.parametrize("lam", ["learned", "annealed"])
+def test_bf16_compute(even: Path, lam: str) -> None:
+    """Loosely: bf16 has 8 bits. Norms and MLP are frozen, so in bf16; the trained tensors stay float32."""
+    changes = {"model.lam": lam, "model.lam_init": 0.3, **({"model.anneal_steps": 4} if lam == "annealed" else {})}
+    expected = one_process(plain_step, even, {**changes, "dtype": "fp32"}, 2)
+    for size in (1, 2):
+        for step in run_ranks(trainer_step, size, even, {**changes, "dtype": "bf16"}, 2):
+            assert all(gradient.dtype == torch.float32 for gradient in step.gradients.values())
+            assert_same_step(step, expected, loss=1e-2, gradients=0.2)

@@ -1,0 +1,23 @@
+"""One tiny run, trained once without interruption, that the tests compare with."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.common.tiny_run import write_run
+from tests.distributed.harness import run_recipe
+
+
+@pytest.fixture(scope="session")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """10 steps in two epochs of 5, checkpoints after 3, 6, 9 and 10; give each run its own output_dir."""
+    return write_run(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def finished(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Output folder of the uninterrupted run on one process; not to be written to."""
+    output = tmp_path_factory.mktemp("finished") / "out"
+    outcome = run_recipe(config, f"output_dir={output}")
+    assert outcome.codes == [0], outcome.outputs
+    return output

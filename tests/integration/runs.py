@@ -1,0 +1,80 @@
+"""What the integration tests read from a run's output folder, and ways to kill a run at a chosen moment."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lrdint_tune.training.trainer import Trainer
+from tests.common.tiny_run import read_losses
+
+LOSS = "loss_metrics/global_avg_loss"
+DECIMALS = 1e-6
+
+
+def assert_same_losses(output_dir: Path, expected: Path | dict[int, float]) -> None:
+    """Every step's loss, equal to 6 decimals, each step once in both records."""
+    want = expected if isinstance(expected, dict) else read_losses(expected)
+    got = read_losses(output_dir)
+    assert list(got) == list(want)
+    assert {step: loss for step, loss in got.items() if abs(loss - want[step]) > DECIMALS} == {}
+    assert_one_curve(output_dir)
+
+
+def assert_one_curve(output_dir: Path) -> None:
+    """TensorBoard and ``metrics.jsonl`` hold the same values, and each tag has every step at most once, in order."""
+    curves = tensorboard(output_dir)
+    lines = [json.loads(line) for line in (output_dir / "logs" / "metrics.jsonl").read_text().splitlines()]
+    recorded: dict[str, list[tuple[int, float]]] = {}
+    for line in lines:
+        for tag, value in line.items():
+            if tag != "step":
+                recorded.setdefault(tag, []).append((line["step"], value))
+    assert curves.keys() == recorded.keys()
+    for tag, points in recorded.items():
+        steps = [step for step, _ in points]
+        assert steps == sorted(set(steps)), tag
+        assert [step for step, _ in curves[tag]] == steps, tag
+        for (_, shown), (_, value) in zip(curves[tag], points, strict=True):
+            assert abs(shown - value) <= 1e-6 * max(1.0, abs(value)), tag
+
+
+def tensorboard(output_dir: Path) -> dict[str, list[tuple[int, float]]]:
+    """Tag -> (step, value), as TensorBoard shows it."""
+    events = EventAccumulator(str(output_dir / "logs"), size_guidance={"scalars": 0}).Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def values(output_dir: Path, tag: str) -> dict[int, float]:
+    """Step -> value of a tag in ``metrics.jsonl``."""
+    lines = (output_dir / "logs" / "metrics.jsonl").read_text().splitlines()
+    return {line["step"]: line[tag] for line in map(json.loads, lines) if tag in line}
+
+
+def checkpoints(output_dir: Path) -> list[str]:
+    return sorted(path.name for path in (output_dir / "checkpoints").iterdir())
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Path -> digest of every file below ``folder``."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def kill_at(step: int, rank: int = 0) -> None:
+    """Make ``rank`` die of SIGKILL when it starts the step after ``step``."""
+    original = Trainer._train_step
+
+    def train_step(self: Trainer, *args: Any) -> Any:
+        if self.step == step and dist.get_rank() == rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, *args)
+
+    Trainer._train_step = train_step  # type: ignore[method-assign]

@@ -1,0 +1,160 @@
+"""A killed run, started again with the same command, is the uninterrupted run."""
+
+import json
+import signal
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.common.tiny_run import read_losses, write_model, write_run
+from tests.distributed.harness import run_recipe
+from tests.integration.runs import assert_same_losses, checkpoints, kill_at, tensorboard, values
+
+KILLED = -signal.SIGKILL
+
+
+def killed(config: Path, *overrides: str, step: int, size: int = 1, rank: int = 0) -> None:
+    """Run until ``rank`` dies after ``step`` steps."""
+    outcome = run_recipe(config, *overrides, size=size, prepare=[partial(kill_at, step, rank)])
+    assert outcome.codes[rank] == KILLED, outcome.outputs
+    assert all(outcome.codes), "the other ranks must not report success"
+
+
+def finished_run(config: Path, *overrides: str, size: int = 1) -> None:
+    outcome = run_recipe(config, *overrides, size=size)
+    assert outcome.codes == [0] * size, outcome.outputs
+
+
+def test_resume_in_the_middle_of_an_epoch(config: Path, finished: Path, tmp_path: Path) -> None:
+    """Killed twice: in the first epoch, between two checkpoints, and in the second."""
+    out = f"output_dir={tmp_path}"
+    killed(config, out, step=4)
+    assert checkpoints(tmp_path) == ["step-3"]
+    assert list(read_losses(tmp_path)) == [1, 2, 3, 4]
+    killed(config, out, step=8)
+    assert checkpoints(tmp_path) == ["step-3", "step-6"]
+    finished_run(config, out)
+    assert checkpoints(tmp_path) == ["step-10", "step-9"]
+    assert_same_losses(tmp_path, finished)
+    assert values(tmp_path, "validation_metrics/loss") == pytest.approx(values(finished, "validation_metrics/loss"))
+    assert values(tmp_path, "lr") == values(finished, "lr")
+
+
+def test_resume_when_a_line_was_half_written(config: Path, finished: Path, tmp_path: Path) -> None:
+    out = f"output_dir={tmp_path}"
+    killed(config, out, step=5)
+    with open(tmp_path / "logs" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "loss_metr')
+    finished_run(config, out)
+    assert_same_losses(tmp_path, finished)
+
+
+def test_killed_before_the_first_checkpoint(config: Path, finished: Path, tmp_path: Path) -> None:
+    """It starts from the beginning, and so does the curve."""
+    out = f"output_dir={tmp_path}"
+    killed(config, out, step=2)
+    finished_run(config, out)
+    assert_same_losses(tmp_path, finished)
+
+
+def test_started_again_after_the_end(config: Path, finished: Path, tmp_path: Path) -> None:
+    """Nothing is trained twice."""
+    out = f"output_dir={tmp_path}"
+    finished_run(config, out)
+    finished_run(config, out)
+    assert_same_losses(tmp_path, finished)
+
+
+def test_annealed_schedule_goes_on(config: Path, tmp_path: Path) -> None:
+    """λ of every step, and the step in the checkpoint."""
+    annealed = ("model.lam=annealed", "model.anneal_steps=8")
+    finished_run(config, f"output_dir={tmp_path / 'whole'}", *annealed)
+    killed(config, f"output_dir={tmp_path / 'cut'}", *annealed, step=7)
+    finished_run(config, f"output_dir={tmp_path / 'cut'}", *annealed)
+    assert_same_losses(tmp_path / "cut", tmp_path / "whole")
+    lam = values(tmp_path / "whole", "layers.1/lambda_mean")
+    assert len(set(lam.values())) == 10, "λ changes in every step, or nothing is tested"
+    assert values(tmp_path / "cut", "layers.1/lambda_mean") == lam
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 1), (1, 2)])
+def test_resume_with_uneven_shards_and_other_world_sizes(
+    uneven: tuple[Path, Path], tmp_path: Path, before: int, after: int
+) -> None:
+    """3 heads over 2 ranks: λ is split 2 + 1, and k2.up of the one key head is on one rank only."""
+    config, whole = uneven
+    out = f"output_dir={tmp_path}"
+    killed(config, out, step=7, size=before, rank=before - 1)
+    assert "step-6" in checkpoints(tmp_path)
+    finished_run(config, out, size=after)
+    assert_same_losses(tmp_path, whole)
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("uneven")
+    sizes = {"num_heads": 3, "num_kv_heads": 1, "embed_dim": 24}
+    write_model(folder / "model", **sizes)
+    config = write_run(folder, **{f"model__{key}": value for key, value in sizes.items()}, model__lam="annealed")
+    finished_run(config)
+    return config, folder / "out"
+
+
+def test_resume_from_a_named_checkpoint(config: Path, finished: Path, tmp_path: Path) -> None:
+    finished_run(config, f"output_dir={tmp_path}", f"resume={finished / 'checkpoints' / 'step-9'}")
+    assert list(read_losses(tmp_path)) == [10]
+    assert read_losses(tmp_path)[10] == pytest.approx(read_losses(finished)[10], abs=1e-6)
+
+
+def test_never_resume(config: Path, finished: Path, tmp_path: Path) -> None:
+    """Trained from the beginning, one curve, and the checkpoints of the earlier run do not outlive it."""
+    out = f"output_dir={tmp_path}"
+    finished_run(config, out, "seed=1")
+    finished_run(config, out, "resume=never")
+    assert_same_losses(tmp_path, finished)
+    state = json.loads((tmp_path / "checkpoints" / "step-10" / "train_state.json").read_text())
+    assert state["run"]["seed"] == 0
+
+
+def test_never_resume_killed_and_resumed(config: Path, finished: Path, tmp_path: Path) -> None:
+    """The later ``auto`` goes on with the new run, not with the earlier one that had come further."""
+    out = f"output_dir={tmp_path}"
+    finished_run(config, out, "optimizer.lr=0.1")
+    killed(config, out, "resume=never", step=4)
+    finished_run(config, out)
+    assert_same_losses(tmp_path, finished)
+
+
+def test_back_to_an_earlier_checkpoint(config: Path, finished: Path, tmp_path: Path) -> None:
+    """What came after it is moved away, not lost and not found by a later ``auto``."""
+    out = f"output_dir={tmp_path}"
+    finished_run(config, out, "keep_last_n_checkpoints=4")
+    killed(config, out, f"resume={tmp_path / 'checkpoints' / 'step-3'}", step=5)
+    assert checkpoints(tmp_path) == ["set-aside-1", "step-3"]
+    assert sorted(p.name for p in (tmp_path / "checkpoints" / "set-aside-1").iterdir()) == ["step-10", "step-6", "step-9"]
+    finished_run(config, out)
+    assert_same_losses(tmp_path, finished)
+
+
+def test_another_learning_rate_is_reported_to_have_no_effect(config: Path, tmp_path: Path) -> None:
+    out = f"output_dir={tmp_path}"
+    killed(config, out, step=5)
+    outcome = run_recipe(config, out, "optimizer.lr=0.1")
+    assert outcome.codes == [0]
+    assert "optimizer.lr, lam_lr: no effect" in outcome.outputs[0]
+
+
+def test_the_curve_has_the_standard_tags(finished: Path) -> None:
+    tags = tensorboard(finished).keys()
+    assert {
+        "loss_metrics/global_avg_loss",
+        "validation_metrics/loss",
+        "lr",
+        "grad_norm",
+        "throughput(tps)",
+        "tflops",
+        "layers.0/lambda_mean",
+        "layers.1/o2_o1_ratio",
+        "layers.1/adapter_grad_norm",
+    } <= tags
