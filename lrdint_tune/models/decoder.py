@@ -89,10 +89,10 @@ class LlamaDecoder(TransformerDecoder):
             method.diagnostics = {} if enabled else None
 
     def diagnostics(self) -> dict[str, Tensor]:
-        """Scalars of the last forward with diagnostics enabled, ``layers.{i}/{name}`` -> 0-dim float32: λ over heads,
+        """Scalars of the last forward with diagnostics enabled, ``{name}/layers.{i}`` -> 0-dim float32: λ over heads,
         ||O2||/||O1||."""
         return {
-            f"layers.{i}/{name}": value
+            f"{name}/layers.{i}": value
             for i, method in enumerate(self.methods())
             for name, value in (method.diagnostics or {}).items()
         }

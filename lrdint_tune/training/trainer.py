@@ -346,7 +346,7 @@ class Trainer:
         dist.all_reduce(squares, group=self.world.mesh.get_group("shard"))
         if self.spec.method == "none":
             return {}
-        return {f"layers.{i}/adapter_grad_norm": value for i, value in enumerate(squares.sqrt().tolist())}
+        return {f"adapter_grad_norm/layers.{i}": value for i, value in enumerate(squares.sqrt().tolist())}
 
     def _open_recorder(self) -> TensorBoardLogger | None:
         if not self.world.is_main:
