@@ -5,16 +5,13 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn import LinearCrossEntropyOptions
 from torchtune.modules import TransformerDecoder
 
 from lrdint_tune.attention import AttentionMethod, DifferentialSelfAttention, Layout
 from lrdint_tune.attention.layout import MaskType
+from lrdint_tune.models.loss import summed_cross_entropy
 from lrdint_tune.models.spec import ModelSpec
-
-IGNORE_INDEX = -100
 
 
 class LlamaDecoder(TransformerDecoder):
@@ -101,21 +98,3 @@ class LlamaDecoder(TransformerDecoder):
 def is_new_tensor(name: str) -> bool:
     """True for the state-dict name of a tensor that a method brought, False for one of the pretrained model."""
     return ".attn.method." in name
-
-
-def summed_cross_entropy(h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """``sum_i -log softmax(h_i W^T)[labels_i]`` over the labelled positions.
-
-    Args:
-        h: ``[B, N, D]``.
-        weight: ``[vocab, D]``.
-        labels: int64 ``[B, N]``, -100 ignored.
-
-    Returns:
-        float32 scalar (float64 for float64 ``h``), in nats.
-    """
-    h, labels = h.flatten(0, 1), labels.flatten()
-    # Pays only where the vocabulary outweighs the width; torch says so of its own chunked path.
-    options = LinearCrossEntropyOptions() if weight.shape[0] > h.shape[1] else None
-    loss = F.linear_cross_entropy(h, weight, labels, reduction="sum", ignore_index=IGNORE_INDEX, options=options)
-    return loss.to(torch.promote_types(loss.dtype, torch.float32))

@@ -132,7 +132,11 @@ def test_back_to_an_earlier_checkpoint(config: Path, finished: Path, tmp_path: P
     finished_run(config, out, "keep_last_n_checkpoints=4")
     killed(config, out, f"resume={tmp_path / 'checkpoints' / 'step-3'}", step=5)
     assert checkpoints(tmp_path) == ["set-aside-1", "step-3"]
-    assert sorted(p.name for p in (tmp_path / "checkpoints" / "set-aside-1").iterdir()) == ["step-10", "step-6", "step-9"]
+    assert sorted(p.name for p in (tmp_path / "checkpoints" / "set-aside-1").iterdir()) == [
+        "step-10",
+        "step-6",
+        "step-9",
+    ]
     finished_run(config, out)
     assert_same_losses(tmp_path, finished)
 
