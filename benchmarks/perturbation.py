@@ -2,8 +2,8 @@
 
     python -m benchmarks.perturbation --checkpoint-dir quickstart_output/model --out docs/perturbation.png
 
-Loads SmolLM2-135M, sets every λ to 0.2 and compares the logits of a text with those of the same text whose second half was replaced.
-A causal model answers the first half exactly alike.
+Loads SmolLM2-135M, sets every λ to 0.2 and compares the logits of a text with those of the same text whose second half
+was replaced. A causal model answers the first half exactly alike.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lrdint_tune.models import LlamaDecoder, smollm2_135m
 from lrdint_tune.models.hf import iter_hf_folder
 
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "none": {"method": "none"},
     "diff": {"method": "diff"},
     "dint, integral: causal": {"method": "dint"},
@@ -25,10 +26,10 @@ VARIANTS = {
 }
 
 
-def load(folder: Path, lam: float, **options: object) -> LlamaDecoder:
+def load(folder: Path, lam: float, **options: Any) -> LlamaDecoder:
     """SmolLM2-135M with random secondary projections and every λ at ``lam``."""
     torch.manual_seed(0)
-    model = smollm2_135m(**options)  # type: ignore[arg-type]
+    model = smollm2_135m(**options)
     state = dict(iter_hf_folder(folder, model.spec))
     model.load_state_dict(state, strict=False)
     with torch.no_grad():
@@ -40,9 +41,10 @@ def load(folder: Path, lam: float, **options: object) -> LlamaDecoder:
 
 @torch.no_grad()
 def change_per_position(model: LlamaDecoder, tokens: torch.Tensor, t: int) -> torch.Tensor:
-    """Largest absolute change of a logit at each position, float32 ``[N]``, when the tokens from ``t`` on are replaced."""
+    """Largest change of a logit at each position, float32 ``[N]``, when the tokens from ``t`` on are replaced."""
     other = tokens.clone()
-    other[:, t:] = torch.randint(0, model.spec.vocab_size, (1, tokens.shape[1] - t), generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    other[:, t:] = torch.randint(0, model.spec.vocab_size, (1, tokens.shape[1] - t), generator=generator)
     return (model(tokens) - model(other)).abs().amax(-1)[0]
 
 
@@ -55,9 +57,20 @@ def main() -> None:
     args = parser.parse_args()
     t = args.length // 2
     tokens = torch.randint(0, 49_152, (1, args.length), generator=torch.Generator().manual_seed(2))
-    curves = {name: change_per_position(load(args.checkpoint_dir, args.lam, **options), tokens, t) for name, options in VARIANTS.items()}
+    curves = {
+        name: change_per_position(load(args.checkpoint_dir, args.lam, **options), tokens, t)
+        for name, options in VARIANTS.items()
+    }
     for name, curve in curves.items():
-        print(json.dumps({"variant": name, "max_change_before_t": curve[:t].max().item(), "max_change_from_t": curve[t:].max().item()}))
+        print(
+            json.dumps(
+                {
+                    "variant": name,
+                    "max_change_before_t": curve[:t].max().item(),
+                    "max_change_from_t": curve[t:].max().item(),
+                }
+            )
+        )
     if args.out:
         draw(curves, t, args.out)
 
@@ -68,15 +81,18 @@ def draw(curves: dict[str, torch.Tensor], t: int, out: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    fig, axis = plt.subplots(figsize=(7, 3.2), layout="constrained")
-    styles = {"dint, integral: causal": ("tab:blue", "-"), "dint, integral: sequence (as printed)": ("tab:red", "-")}
-    for name, (color, line) in styles.items():
-        axis.plot(curves[name], line, color=color, label=name, linewidth=1.8)
-    axis.axvline(t - 0.5, color="gray", linestyle=":", linewidth=1)
-    axis.text(t, axis.get_ylim()[1], " tokens changed from here", va="top", color="gray", fontsize=8)
-    axis.set_xlabel("position")
-    axis.set_ylabel("largest change of a logit")
-    axis.legend(frameon=False, loc="center left", fontsize=8)
+    fig, axes = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
+    colors = {"dint, integral: causal": "tab:blue", "dint, integral: sequence (as printed)": "tab:red"}
+    halves = {f"before the change (positions < {t})": slice(0, t), "from the change on": slice(t, None)}
+    for axis, (title, half) in zip(axes, halves.items(), strict=True):
+        for name, color in colors.items():
+            curve = curves[name]
+            axis.plot(range(len(curve))[half], curve[half], color=color, label=name, linewidth=1.8)
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("position")
+    axes[0].set_ylabel("largest change of a logit")
+    axes[0].set_ylim(top=axes[0].get_ylim()[1] * 1.35)
+    axes[0].legend(frameon=False, loc="upper left", fontsize=8)
     fig.savefig(out, dpi=130)
 
 

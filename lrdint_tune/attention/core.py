@@ -110,7 +110,7 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tens
 
 
 @cache
-def _compiled_flex():  # type: ignore[no-untyped-def]  # torch.compile returns an untyped callable
+def _compiled_flex():
     # Uncompiled, flex_attention materialises the N x N map.
     return torch.compile(flex_attention, dynamic=False)
 
@@ -135,7 +135,7 @@ def running_mean(o: Tensor, layout: Layout, state: RunningState | None = None) -
     """Prefix mean over the rows of a document: ``out[i] = 1/c_i sum_{m <= i, same document} o[m]`` (methods.md 1.1).
 
     With ``o = A1 v`` this is ``A3 v`` for the causal ``A3[i, j] = 1/(i+1) sum_{m <= i} A1[m, j]``: no ``N x N`` map.
-    Rows that may see no key (padding) are not counted.
+    Rows that may see no key (padding) are not counted, and receive 0.
 
     Args:
         o: ``[B, H, N, hd]``.
@@ -147,23 +147,12 @@ def running_mean(o: Tensor, layout: Layout, state: RunningState | None = None) -
         of positions loses the result.
     """
     x = o.to(torch.promote_types(o.dtype, torch.float32))
-    if state is None and layout.is_plain_causal:
-        return _prefix_mean(x).to(o.dtype)
-    if state is None and layout.documents is not None:
-        rows = [
-            torch.cat([_prefix_mean(x[row : row + 1, :, begin:end]) for begin, end in spans], dim=2)
-            for row, spans in enumerate(layout.documents.spans())
-        ]
-        return torch.cat(rows).to(o.dtype)
-    return _segmented_mean(x, layout, state).to(o.dtype)
+    if state is None:
+        return layout.prefix_mean(x.dtype)(x).to(o.dtype)
+    return _continued_mean(x, layout, state).to(o.dtype)
 
 
-def _prefix_mean(x: Tensor) -> Tensor:
-    counts = torch.arange(1, x.shape[2] + 1, device=x.device, dtype=x.dtype)
-    return x.cumsum(2) / counts[:, None]
-
-
-def _segmented_mean(x: Tensor, layout: Layout, state: RunningState | None) -> Tensor:
+def _continued_mean(x: Tensor, layout: Layout, state: RunningState) -> Tensor:
     b, _, n, hd = x.shape
     starts = layout.starts
     if starts is None:
@@ -181,13 +170,12 @@ def _segmented_mean(x: Tensor, layout: Layout, state: RunningState | None) -> Te
     index = begin[:, None, :, None].expand_as(x)
     total = total - (total - weighted).gather(2, index)
     count = count - (count - weight).gather(1, begin)
-    if state is not None:
-        continuing = (starts.cumsum(1) == 0).to(x.dtype)  # rows of the document that began before this call
-        total = total + continuing[:, None, :, None] * state.total[:b, :, None].to(x.dtype)
-        count = count + continuing * state.count[:b, None].to(x.dtype)
-        state.total[:b] = total[:, :, -1].detach().to(state.total.dtype)
-        state.count[:b] = count[:, -1].to(state.count.dtype)
-    return total / count.clamp(min=1.0)[:, None, :, None]
+    continuing = (starts.cumsum(1) == 0).to(x.dtype)  # rows of the document that began before this call
+    total = total + continuing[:, None, :, None] * state.total[:b, :, None].to(x.dtype)
+    count = count + continuing * state.count[:b, None].to(x.dtype)
+    state.total[:b] = total[:, :, -1].detach().to(state.total.dtype)
+    state.count[:b] = count[:, -1].to(state.count.dtype)
+    return total * (weight / count.clamp(min=1.0))[:, None, :, None]
 
 
 def document_mean(o: Tensor, layout: Layout) -> Tensor:
@@ -208,4 +196,4 @@ def document_mean(o: Tensor, layout: Layout) -> Tensor:
     totals = totals.index_put((rows, ids), (x * weight[:, None, :, None]).transpose(1, 2), accumulate=True)
     counts = counts.index_put((rows, ids), weight, accumulate=True)
     means = totals / counts.clamp(min=1.0)[:, :, None, None]
-    return means[rows, ids].transpose(1, 2).to(o.dtype)
+    return (means[rows, ids] * weight[:, :, None, None]).transpose(1, 2).to(o.dtype)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
+from lrdint_tune.attention.prefix_mean import PrefixMean
+
 
 class DocumentMask:
     """Block-diagonal causal mask of a packed batch, kept as document lengths instead of an ``N x N`` tensor.
@@ -86,6 +88,7 @@ class Layout:
         input_pos: int ``[B, N]`` or ``[N]`` or None. Needed with a ``BlockMask``, which does not show where documents
             begin.
         num_queries: ``N``.
+        batch_size: ``B``; when given, the mask must have that many rows (a dense mask may have one for all).
         offset: tokens already in the KV cache.
         device: where masks are built.
 
@@ -102,6 +105,7 @@ class Layout:
         input_pos: Tensor | None,
         *,
         num_queries: int,
+        batch_size: int | None = None,
         offset: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -113,7 +117,14 @@ class Layout:
         self.documents: DocumentMask | None = None
         self._dense: Tensor | None = None  # bool [B or 1, N, M]
         self._block: BlockMask | None = None
+        self._prefix_means: dict[torch.dtype, PrefixMean] = {}
 
+        rows = (
+            mask.batch_size if isinstance(mask, DocumentMask) else mask.shape[0] if isinstance(mask, Tensor) else None
+        )
+        shared = rows == 1 and isinstance(mask, Tensor)
+        if batch_size is not None and rows is not None and rows != batch_size and not shared:
+            raise ValueError(f"mask has {rows} rows but the input has {batch_size}; give one per sequence")
         if isinstance(mask, DocumentMask):
             if mask.num_tokens != num_queries or offset:
                 raise ValueError(
@@ -139,8 +150,8 @@ class Layout:
             # A cache may be longer than what it holds: columns past the held keys carry nothing.
             self._dense = mask[:, :, : self.num_keys]
         elif offset:
-            rows = torch.arange(num_queries, device=device)[:, None] + offset
-            self._dense = (torch.arange(self.num_keys, device=device)[None, :] <= rows)[None]
+            positions = torch.arange(num_queries, device=device)[:, None] + offset
+            self._dense = (torch.arange(self.num_keys, device=device)[None, :] <= positions)[None]
 
     @property
     def is_plain_causal(self) -> bool:
@@ -153,9 +164,18 @@ class Layout:
 
     @cached_property
     def valid(self) -> Tensor | None:
-        """bool ``[B or 1, N]``, False for rows that may see no key (padding); None when every row sees at least
-        itself."""
-        return None if self._dense is None else self._dense.any(-1)
+        """bool ``[B or 1, N]``, False for rows that may see no key (padding); None when every row sees at least itself.
+
+        A ``BlockMask`` is asked whether the row may see itself.
+        """
+        if self._dense is not None:
+            return self._dense.any(-1)
+        if self._block is None:
+            return None
+        allowed, head = self._block.mask_mod, torch.zeros((), dtype=torch.int64, device=self.device)
+        see_itself = torch.vmap(torch.vmap(lambda b, i: allowed(b, head, i, i), (None, 0)), (0, None))
+        rows = torch.arange(self.num_queries, device=self.device)
+        return see_itself(torch.arange(self._block.shape[0], device=self.device), rows)
 
     @cached_property
     def starts(self) -> Tensor | None:
@@ -163,7 +183,7 @@ class Layout:
         if self._dense is not None:
             first_key = self._dense.to(torch.uint8).argmax(-1)
             rows = torch.arange(self.num_queries, device=self._dense.device) + self.offset
-            return (first_key == rows) & self.valid
+            return (first_key == rows) & self._dense.any(-1)
         if self._block is not None:
             if self.input_pos is None:
                 raise ValueError(
@@ -174,6 +194,15 @@ class Layout:
         if self.documents is not None:
             return self.documents.input_pos(self.device) == 0
         return None
+
+    def prefix_mean(self, dtype: torch.dtype) -> PrefixMean:
+        """The prefix mean over the rows of each document, in float32 or float64; for calls without a cache."""
+        if dtype not in self._prefix_means:
+            shape = (1, self.num_queries)
+            starts = torch.zeros(shape, dtype=torch.bool, device=self.device) if self.starts is None else self.starts
+            counted = torch.ones(shape, dtype=torch.bool, device=self.device) if self.valid is None else self.valid
+            self._prefix_means[dtype] = PrefixMean(starts, counted, dtype)
+        return self._prefix_means[dtype]
 
     @cached_property
     def dense(self) -> Tensor:

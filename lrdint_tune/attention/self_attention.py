@@ -90,7 +90,7 @@ class DifferentialSelfAttention(nn.Module):
             head_dim=self.head_dim,
             dtype=dtype,
             streams=self.method.cached_streams,
-        ).to(self.q_proj.weight.device)  # type: ignore[arg-type,union-attr]  # nn.Module attributes are untyped
+        ).to(self.q_proj.weight.device)  # type: ignore[arg-type]  # nn.Module attributes are untyped
         self.cache_enabled = True
 
     def reset_cache(self) -> None:
@@ -131,7 +131,7 @@ class DifferentialSelfAttention(nn.Module):
             offset = 0 if cache is None else cache.size
             if input_pos is None and offset:
                 input_pos = torch.arange(offset, offset + n, device=x.device)[None]
-            layout = Layout(mask, input_pos, num_queries=n, offset=offset, device=x.device)
+            layout = Layout(mask, input_pos, num_queries=n, batch_size=b, offset=offset, device=x.device)
 
         ctx = AttentionContext(
             x, layout=layout, rope=self.pos_embeddings, cache=cache, backend=self.backend, head_dim=self.head_dim

@@ -5,11 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from torchtune.models.llama3_1 import Llama3ScaledRoPE
 from torchtune.modules import (
     FeedForward,
     RMSNorm,
-    RotaryPositionalEmbeddings,
     TiedLinear,
     TransformerSelfAttentionLayer,
 )
@@ -17,6 +15,7 @@ from torchtune.modules import (
 from lrdint_tune.attention import AttentionShape, DifferentialSelfAttention, build_method, method_options
 from lrdint_tune.errors import ConfigError
 from lrdint_tune.models.decoder import LlamaDecoder
+from lrdint_tune.models.rope import PlainRoPE, ScaledRoPE
 from lrdint_tune.models.spec import ModelSpec
 
 
@@ -93,7 +92,7 @@ def llama3_2(
         )
         layers.append(
             TransformerSelfAttentionLayer(
-                attn=attention,  # type: ignore[arg-type]  # same interface as torchtune's, another class
+                attn=attention,
                 mlp=mlp,
                 sa_norm=RMSNorm(embed_dim, eps=norm_eps),
                 mlp_norm=RMSNorm(embed_dim, eps=norm_eps),
@@ -132,5 +131,5 @@ def llama3_2(
 def build_rope(head_dim: int, max_seq_len: int, rope_base: int, scale_factor: int) -> nn.Module:
     """Rotary embeddings in Meta (interleaved) order; Llama 3.1's frequency scaling unless ``scale_factor`` is 1."""
     if scale_factor == 1:
-        return RotaryPositionalEmbeddings(head_dim, max_seq_len=max_seq_len, base=rope_base)
-    return Llama3ScaledRoPE(head_dim, max_seq_len=max_seq_len, base=rope_base, scale_factor=scale_factor)
+        return PlainRoPE(head_dim, max_seq_len=max_seq_len, base=rope_base)
+    return ScaledRoPE(head_dim, max_seq_len=max_seq_len, base=rope_base, scale_factor=scale_factor)

@@ -5,16 +5,13 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn import LinearCrossEntropyOptions
 from torchtune.modules import TransformerDecoder
 
 from lrdint_tune.attention import AttentionMethod, DifferentialSelfAttention, Layout
 from lrdint_tune.attention.layout import MaskType
+from lrdint_tune.models.loss import summed_cross_entropy
 from lrdint_tune.models.spec import ModelSpec
-
-IGNORE_INDEX = -100
 
 
 class LlamaDecoder(TransformerDecoder):
@@ -29,7 +26,7 @@ class LlamaDecoder(TransformerDecoder):
         super().__init__(**kwargs)
         self.spec = spec
 
-    def forward(  # type: ignore[override]  # torchtune's encoder arguments have no use in a decoder-only model
+    def forward(
         self, tokens: Tensor, *, mask: MaskType = None, input_pos: Tensor | None = None, labels: Tensor | None = None
     ) -> Tensor:
         """
@@ -50,7 +47,8 @@ class LlamaDecoder(TransformerDecoder):
         self._validate_inputs(tokens.shape[1], mask=cast(Any, mask), input_pos=input_pos)
         offset = self.attention(0).kv_cache.size if self.caches_are_enabled() else 0  # type: ignore[union-attr]
         # Built once: the layers share what is derived from it.
-        layout = Layout(mask, input_pos, num_queries=tokens.shape[1], offset=offset, device=tokens.device)
+        b, n = tokens.shape
+        layout = Layout(mask, input_pos, num_queries=n, batch_size=b, offset=offset, device=tokens.device)
         h = self.tok_embeddings(tokens)
         for layer in self.layers:
             h = layer(h, mask=layout, input_pos=layout.input_pos)
@@ -88,10 +86,10 @@ class LlamaDecoder(TransformerDecoder):
             method.diagnostics = {} if enabled else None
 
     def diagnostics(self) -> dict[str, Tensor]:
-        """Scalars of the last forward with diagnostics enabled, ``layers.{i}/{name}`` -> 0-dim float32: λ over heads,
+        """Scalars of the last forward with diagnostics enabled, ``{name}/layers.{i}`` -> 0-dim float32: λ over heads,
         ||O2||/||O1||."""
         return {
-            f"layers.{i}/{name}": value
+            f"{name}/layers.{i}": value
             for i, method in enumerate(self.methods())
             for name, value in (method.diagnostics or {}).items()
         }
@@ -100,21 +98,3 @@ class LlamaDecoder(TransformerDecoder):
 def is_new_tensor(name: str) -> bool:
     """True for the state-dict name of a tensor that a method brought, False for one of the pretrained model."""
     return ".attn.method." in name
-
-
-def summed_cross_entropy(h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """``sum_i -log softmax(h_i W^T)[labels_i]`` over the labelled positions.
-
-    Args:
-        h: ``[B, N, D]``.
-        weight: ``[vocab, D]``.
-        labels: int64 ``[B, N]``, -100 ignored.
-
-    Returns:
-        float32 scalar (float64 for float64 ``h``), in nats.
-    """
-    h, labels = h.flatten(0, 1), labels.flatten()
-    # Pays only where the vocabulary outweighs the width; torch says so of its own chunked path.
-    options = LinearCrossEntropyOptions() if weight.shape[0] > h.shape[1] else None
-    loss = F.linear_cross_entropy(h, weight, labels, reduction="sum", ignore_index=IGNORE_INDEX, options=options)
-    return loss.to(torch.promote_types(loss.dtype, torch.float32))

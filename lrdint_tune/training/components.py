@@ -16,7 +16,7 @@ from lrdint_tune.attention import method_options
 from lrdint_tune.errors import ConfigError
 from lrdint_tune.models.decoder import LlamaDecoder
 from lrdint_tune.training.config import Section, TrainConfig
-from lrdint_tune.training.data import BatchLoader
+from lrdint_tune.training.data import BatchLoader, main_process_first
 from lrdint_tune.training.world import World
 
 
@@ -108,7 +108,12 @@ def build_loader(key: str, section: Section, cfg: TrainConfig, world: World, tok
     packed = section.get("packed", False)
     if not isinstance(packed, bool):
         raise ConfigError(f"{key}.packed={packed!r}: must be true or false")
-    dataset = build(key, options, tokenizer, max_seq_len=cfg.max_seq_len)
+    try:
+        with main_process_first():
+            dataset = build(key, options, tokenizer, max_seq_len=cfg.max_seq_len)
+    except ConfigError as error:  # a dataset does not know in which section it stands
+        message = str(error)
+        raise ConfigError(f"{key}{message[7:]}" if message.startswith("dataset.") else message) from error
     return BatchLoader(
         dataset,
         batch_size=cfg.batch_size if training else cfg.batch_size_val or cfg.batch_size,

@@ -87,6 +87,8 @@ class TrainConfig:
             raise ConfigError(
                 f"data_parallel_shard_dim={self.data_parallel_shard_dim}: must be at least 1, or -1 for the rest"
             )
+        if self.seed < 0:
+            raise ConfigError(f"seed={self.seed}: must not be negative")
         for key in ("clip_grad_norm", "lam_lr"):
             value = getattr(self, key)
             if value is not None and value <= 0:

@@ -52,6 +52,11 @@ class TensorBoardLogger:
         with open(self._file, "a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
+    def history(self, tag: str) -> list[tuple[int, float]]:
+        """``(step, value)`` of everything recorded under ``tag``, earlier parts of a resumed run included."""
+        lines = [json.loads(line) for line in self._file.read_text().splitlines()]
+        return [(line["step"], line[tag]) for line in lines if tag in line]
+
     def log_text(self, tag: str, text: str) -> None:
         assert self._writer is not None, "open() first"
         self._writer.add_text(tag, text)

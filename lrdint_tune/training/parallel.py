@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,7 @@ def checkpoint_activations(model: LlamaDecoder, mode: str) -> None:
     if mode == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _save_expensive)
     for layer in model.layers:
-        layer.forward = partial(checkpoint, layer.forward, **options)  # type: ignore[method-assign]
+        layer.forward = partial(checkpoint, layer.forward, **options)
 
 
 def _save_expensive(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -146,5 +146,5 @@ def copy_into(name: str, target: Tensor, tensor: Tensor) -> None:
 def full_tensor(tensor: Tensor) -> Tensor:
     """The whole tensor on the CPU, detached; a collective when it is sharded, so every rank must call it."""
     if isinstance(tensor, DTensor):
-        tensor = cast(DTensor, tensor).full_tensor()
+        tensor = tensor.full_tensor()
     return tensor.detach().cpu()

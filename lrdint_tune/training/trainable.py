@@ -60,10 +60,13 @@ def parameter_table(model: nn.Module) -> str:
     for name, parameter in model.named_parameters():
         row = counts.setdefault(group_of(name), [0, 0])
         row[0 if parameter.requires_grad else 1] += parameter.numel()
-    rows = [(group, *counts[group]) for group in TRAINABLE_GROUPS if group in counts]
-    rows.append(("total", sum(r[1] for r in rows), sum(r[2] for r in rows)))
+    counts["total"] = [sum(row[i] for row in counts.values()) for i in (0, 1)]
     lines = [f"{'group':<12}{'trainable':>16}{'frozen':>16}"]
-    lines += [f"{group:<12}{trainable:>16,}{frozen:>16,}" for group, trainable, frozen in rows]
+    lines += [
+        f"{group:<12}{counts[group][0]:>16,}{counts[group][1]:>16,}"
+        for group in (*TRAINABLE_GROUPS, "total")
+        if group in counts
+    ]
     return "\n".join(lines)
 
 

@@ -76,6 +76,11 @@ class Trainer:
         model = build_model(cfg, total_steps=self.total_steps)
         self.spec = model.spec
         set_trainable(model, cfg.trainable)
+        if self.checkpoint_dir.resolve() == (self.output_dir / "hf").resolve():
+            raise ConfigError(
+                f"output_dir={cfg.output_dir!r}: its hf folder is checkpointer.checkpoint_dir and would be "
+                "replaced; choose another"
+            )
         if self.spec.leaks_future:
             log.warning(
                 "integral=sequence: future tokens reach the past. Training loss and ordinary validation loss are "
@@ -229,6 +234,8 @@ class Trainer:
             if recorder is not None:
                 recorder.close()
         self.export()
+        if recorder is not None:
+            self._report(recorder)
 
     def _train_step(self, logging_step: bool) -> tuple[dict[str, float], float, float]:
         """One optimizer step; returns its scalars, its input tokens over all ranks and the seconds spent waiting for
@@ -305,6 +312,14 @@ class Trainer:
         if recorder is not None:
             recorder.log({"validation_metrics/loss": nll}, self.step)
 
+    @staticmethod
+    def _report(recorder: TensorBoardLogger) -> None:
+        validations = recorder.history("validation_metrics/loss")
+        if validations:
+            (first, before), (last, after) = validations[0], validations[-1]
+            log.info("held-out NLL per token: %.4f at step %d, %.4f at step %d", before, first, after, last)
+        log.info("curves: tensorboard --logdir %s", recorder.log_dir)
+
     def _stop_for_nonfinite(self, loss: float, norm: float, batches: list[Batch], losses: list[Tensor]) -> None:
         bad = [b for b, value in zip(batches, losses, strict=True) if not torch.isfinite(value)]
         gathered: list[Any] = [None] * self.world.size
@@ -331,7 +346,7 @@ class Trainer:
         dist.all_reduce(squares, group=self.world.mesh.get_group("shard"))
         if self.spec.method == "none":
             return {}
-        return {f"layers.{i}/adapter_grad_norm": value for i, value in enumerate(squares.sqrt().tolist())}
+        return {f"adapter_grad_norm/layers.{i}": value for i, value in enumerate(squares.sqrt().tolist())}
 
     def _open_recorder(self) -> TensorBoardLogger | None:
         if not self.world.is_main:

@@ -41,7 +41,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def write_model(folder: Path, **changes: Any) -> LlamaDecoder:
-    """A random Llama (standard deviation 0.2, so that its attention maps are not flat) and its tokenizer, as a folder."""
+    """A random Llama (standard deviation 0.2: its attention maps are not flat) and its tokenizer, as a folder."""
     torch.manual_seed(11)
     model = llama3_2(**{**SIZES, **changes})
     for parameter in model.parameters():
@@ -53,7 +53,7 @@ def write_model(folder: Path, **changes: Any) -> LlamaDecoder:
 
 
 def write_run(folder: Path, **changes: Any) -> Path:
-    """Model, data and a config in ``folder``; ``changes`` are dotted config keys with ``__`` for the dot. Returns the config's path."""
+    """Model, data and config in ``folder``; ``changes`` are config keys, ``__`` for the dot. Returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     model = folder / "model"
     if not model.exists():

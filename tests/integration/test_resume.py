@@ -56,9 +56,9 @@ def test_annealed_schedule_goes_on(config: Path, tmp_path: Path) -> None:
     killed(config, f"output_dir={tmp_path / 'cut'}", *annealed, step=7)
     finished_run(config, f"output_dir={tmp_path / 'cut'}", *annealed)
     assert_same_losses(tmp_path / "cut", tmp_path / "whole")
-    lam = values(tmp_path / "whole", "layers.1/lambda_mean")
+    lam = values(tmp_path / "whole", "lambda_mean/layers.1")
     assert len(set(lam.values())) == 8, "λ changes in every step, or nothing is tested"
-    assert values(tmp_path / "cut", "layers.1/lambda_mean") == lam
+    assert values(tmp_path / "cut", "lambda_mean/layers.1") == lam
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 1), (1, 2)])
@@ -137,7 +137,7 @@ def test_the_curve_has_the_standard_tags(finished: Path) -> None:
         "grad_norm",
         "throughput(tps)",
         "tflops",
-        "layers.0/lambda_mean",
-        "layers.1/o2_o1_ratio",
-        "layers.1/adapter_grad_norm",
+        "lambda_mean/layers.0",
+        "o2_o1_ratio/layers.1",
+        "adapter_grad_norm/layers.1",
     } <= tags

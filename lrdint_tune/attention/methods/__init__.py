@@ -12,7 +12,7 @@ from lrdint_tune.attention.methods.dint import Dint
 from lrdint_tune.attention.methods.none import NoMethod
 from lrdint_tune.errors import ConfigError
 
-METHODS: dict[str, type[AttentionMethod]] = {cls.name: cls for cls in (NoMethod, Diff, Dint)}
+METHODS: dict[str, Any] = {cls.name: cls for cls in (NoMethod, Diff, Dint)}
 
 
 def method_options(method: str) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def method_options(method: str) -> dict[str, Any]:
     for cls in METHODS[method].__mro__:
         if "__init__" not in vars(cls) or cls is AttentionMethod:
             continue
-        parameters = inspect.signature(cls.__init__).parameters.values()
+        parameters = inspect.signature(vars(cls)["__init__"]).parameters.values()
         options.update({p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY})
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break

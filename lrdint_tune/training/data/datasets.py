@@ -75,8 +75,7 @@ class TokenisedDataset:
         self.truncated = int(long.sum()) if long_rows == "truncate" else 0
         self.split = int(long.sum()) if long_rows == "split" else 0
 
-        # A row of n tokens has n - 1 labels: splitting by labels avoids a last example of one token and no label.
-        pieces = np.maximum(-(-(counts - 1) // max_seq_len), 1) if long_rows == "split" else np.ones_like(counts)
+        pieces = np.maximum(-(-counts // max_seq_len), 1) if long_rows == "split" else np.ones_like(counts)
         rows = np.repeat(np.arange(len(counts)), pieces)
         piece = np.arange(len(rows)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
         starts = piece * max_seq_len
@@ -85,6 +84,7 @@ class TokenisedDataset:
         ends = (starts + lengths == counts[rows]) | (long_rows == "truncate")
         stops = lengths - ends
         firsts = np.maximum(untrained[rows] - starts, 0)
+        # Also leaves out a last piece of one token, whose only use was as the label before it.
         kept = np.flatnonzero(stops > firsts)
 
         self.unlabelled = len(counts) - len(np.unique(rows[kept]))

@@ -138,7 +138,8 @@ def tokenise(
 
     The cache key is explicit, because the default (a hash of the pickled function) misses changes it cannot see: the
     rows' own fingerprint, the tokenizer (class, vocabulary, special ids), the options, and the tokens of the first
-    rows. Files appear under their final name only when complete, so several processes may do this at once.
+    rows, where BOS, EOS and changed code show. Files appear under their final name only when complete, so several
+    processes may do this at once.
 
     Raises:
         ConfigError: a value that is not text, with its row and column.
@@ -162,7 +163,6 @@ def _cache_key(rows: datasets.Dataset, function: PromptResponse | Document) -> s
         "version": _FORMAT_VERSION,
         "rows": rows._fingerprint,
         "tokenizer": [type(encoder.tokenizer).__qualname__, Hasher.hash(encoder.tokenizer)],
-        "special": [encoder.prefix, encoder.suffix, encoder.forced_bos, encoder.forced_eos],
         "function": [type(function).__name__, function.options()],
         "probe": [ids.tolist() for ids in probe["tokens"]],
     }

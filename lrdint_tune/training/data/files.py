@@ -63,8 +63,8 @@ def read_json(paths: Sequence[str], columns: Sequence[str], **_: Any) -> Iterato
     beyond these belong to the cache key only.
 
     Raises:
-        ConfigError: unreadable file or invalid JSON (file and line), a row without a needed column (with the columns
-            it has), or a column that is not text. Rows count from 0 over all files.
+        ConfigError: unreadable file or invalid JSON (file and line), no rows at all, a row without a needed
+            column (with the columns it has), or a column that is not text. Rows count from 0 over all files.
     """
     number = 0
     for path in paths:
@@ -72,6 +72,8 @@ def read_json(paths: Sequence[str], columns: Sequence[str], **_: Any) -> Iterato
             where = f"row {number} ({line}{path!r})"
             yield _text_columns(record, columns, where)
             number += 1
+    if not number:
+        raise _no_rows(paths)
 
 
 def _json_records(path: str) -> Iterator[tuple[str, Any]]:
@@ -87,7 +89,8 @@ def _json_records(path: str) -> Iterator[tuple[str, Any]]:
             else:
                 for line, content in enumerate(file, start=1):
                     if not content.isspace():
-                        yield f"line {line} of ", _parse(content, path, line)
+                        # Without its end: an object that goes on below is an error of this line.
+                        yield f"line {line} of ", _parse(content.rstrip(), path, line)
     except (OSError, EOFError) as error:
         raise ConfigError(f"dataset.data_files={path!r}: cannot be read ({error})") from error
 
@@ -139,8 +142,9 @@ def read_text(paths: Sequence[str], separator: str | None, column: str, **_: Any
         separator: regular expression between two documents of a file; None: every file is one document.
 
     Raises:
-        ConfigError: a file that cannot be read or is not UTF-8 (file and line).
+        ConfigError: a file that cannot be read or is not UTF-8 (file and line), or no documents at all.
     """
+    empty = True
     for path in paths:
         try:
             with _open(path) as file:
@@ -154,4 +158,11 @@ def read_text(paths: Sequence[str], separator: str | None, column: str, **_: Any
             raise ConfigError(f"dataset.data_files={path!r}: line {line} is not UTF-8; convert the file") from error
         for document in [text] if separator is None else re.split(separator, text):
             if document.strip():
+                empty = False
                 yield {column: document}
+    if empty:
+        raise _no_rows(paths)
+
+
+def _no_rows(paths: Sequence[str]) -> ConfigError:
+    return ConfigError(f"dataset.data_files={', '.join(map(repr, paths))}: no rows; give files with rows")

@@ -1,7 +1,6 @@
 """Which rows share a sequence: a deterministic plan for one epoch."""
 
 import zlib
-from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +11,7 @@ IntArray = npt.NDArray[np.int64]
 _COMPOSITION, _ORDER = 0, 1
 
 
-class PackPlan(Sequence[IntArray]):
+class PackPlan:
     """Packs of one epoch; ``plan[i]`` is the int64 array of the rows in pack ``i``, in their order in the sequence.
 
     Held as two flat arrays (rows, and where each pack begins), 8 bytes a row.
@@ -24,7 +23,7 @@ class PackPlan(Sequence[IntArray]):
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+    def __getitem__(self, index: int) -> IntArray:
         return self.rows[self.offsets[index] : self.offsets[index + 1]]
 
     def checksum(self) -> int:

@@ -1,0 +1,44 @@
+"""Fixtures that every test may use: one thread, a fixed seed, and the folder of shared test data."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def shared_data_folder() -> Path:
+    """Folder of the test data that is not part of the repository; LRDINT_SHARED_DATA overrides it."""
+    return Path(os.environ.get("LRDINT_SHARED_DATA", REPOSITORY.parent / "shared" / "data"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Tiny tensors run faster on one thread, and reductions are then summed in one order."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> Iterator[None]:
+    """Every test starts from the same random state, whatever ran before it."""
+    torch.manual_seed(0)
+    yield
+
+
+@pytest.fixture
+def uncompiled() -> Iterator[None]:
+    """torch.compile'd callables run eagerly: FlexAttention's masks and results without half a minute of compilation."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Path of the shared test data; skips the test where it is absent."""
+    folder = shared_data_folder()
+    if not folder.is_dir():
+        pytest.skip(f"shared test data not found at {folder} (set LRDINT_SHARED_DATA)")
+    return folder

@@ -1,0 +1,65 @@
+"""No output may depend on a later token. `integral: sequence` does: it must fail the same check."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lrdint_tune.attention import DocumentMask
+from tests.common.models import TINY, tiny_model, wake
+
+LENGTH = 20
+METHODS: dict[str, dict[str, Any]] = {
+    "none": {"method": "none"},
+    "diff": {"method": "diff", "rank": 3},
+    "diff_full": {"method": "diff", "rank": None},
+    "dint": {"method": "dint", "rank": 3},
+    "dint_shared": {"method": "dint", "rank": 3, "factors": "shared"},
+    "dint_full": {"method": "dint", "rank": None},
+    "dint_annealed": {"method": "dint", "rank": 3, "lam": "annealed", "anneal_steps": 10},
+    "dint_fixed": {"method": "dint", "rank": 3, "lam": "fixed", "lam_init": 0.5},
+}
+LITERAL = {"method": "dint", "rank": 3, "integral": "sequence", "allow_future_leak": True}
+
+
+def change_before_after(options: dict[str, Any], backend: str, first_changed: int, mask: Any) -> tuple[Tensor, Tensor]:
+    """Largest change of the logits before `first_changed` and at it, when every token from there on is replaced."""
+    model = wake(tiny_model(attention_backend=backend, **options))
+    model.advance_schedule(4)
+    tokens = torch.randint(TINY["vocab_size"], (2, LENGTH))
+    changed = tokens.clone()
+    changed[:, first_changed:] = (changed[:, first_changed:] + 7) % TINY["vocab_size"]
+    with torch.no_grad():
+        difference = (model(tokens, mask=mask) - model(changed, mask=mask)).abs()
+    return difference[:, :first_changed].amax(), difference[:, first_changed].amax()
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "flex", "auto"])
+@pytest.mark.parametrize("method", METHODS)
+def test_outputs_before_a_change_are_bit_equal(method: str, backend: str, packed: bool) -> None:
+    mask = DocumentMask([[7, 13], [12, 8]]) if packed else None
+    for first_changed in (1, 9, 19):
+        before, at = change_before_after(METHODS[method], backend, first_changed, mask)
+        assert before == 0, (method, backend, first_changed, before)
+        assert at > 1e-3
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_the_literal_integral_leaks(backend: str) -> None:
+    before, _ = change_before_after(LITERAL, backend, 9, None)
+    assert before > 1e-4
+
+
+def test_the_literal_integral_leaks_within_a_document_only() -> None:
+    model = wake(tiny_model(**LITERAL))
+    tokens = torch.randint(TINY["vocab_size"], (1, LENGTH))
+    changed = tokens.clone()
+    changed[:, 15:] = (changed[:, 15:] + 7) % TINY["vocab_size"]
+    mask = DocumentMask([[8, 12]])
+    with torch.no_grad():
+        difference = (model(tokens, mask=mask) - model(changed, mask=mask)).abs().amax(-1)[0]
+    assert difference[:8].amax() == 0
+    assert difference[8:15].amin() > 0
