@@ -115,8 +115,10 @@ class CheckpointManager:
             os.rename(partial, final)
             _sync_folder(self.folder)
             for old_step in self.steps()[: -self.keep_last_n]:
-                if old_step != step:
-                    shutil.rmtree(self.folder / f"step-{old_step}")
+                # Under this name a half-removed one is not taken for complete, and recover() removes the rest.
+                doomed = self.folder / f"step-{old_step}.partial"
+                os.rename(self.folder / f"step-{old_step}", doomed)
+                shutil.rmtree(doomed)
         dist.barrier()
         return final
 

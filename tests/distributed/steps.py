@@ -66,7 +66,7 @@ def trainer_step(file: Path, changes: dict[str, Any], at: int = 0) -> Step:
                 assert parameter.grad is not None, name
                 gradients[name] = full_tensor(parameter.grad).clone()
 
-    trainer.optimizer.step = cast(Callable[..., Any], collect)  # type: ignore[method-assign]
+    trainer.optimizer.step = cast(Callable[..., Any], collect)
     values, *_ = trainer._train_step(logging_step=False)
     return Step(values["loss_metrics/global_avg_loss"], gradients, list(trainer.model.state_dict()))
 

@@ -8,6 +8,7 @@ from tests.common.tiny_run import write_run
 from tests.distributed.harness import run_recipe
 from tests.integration.runs import SHORT
 
+
 @pytest.fixture(scope="session")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """8 steps in two epochs of 4, checkpoints after 3, 6 and 8; give each run its own output_dir."""

@@ -94,4 +94,4 @@ def kill_at(step: int, rank: int = 0) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return original(self, *args)
 
-    Trainer._train_step = train_step  # type: ignore[method-assign]
+    Trainer._train_step = train_step  # type: ignore[assignment,method-assign]

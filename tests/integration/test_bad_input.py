@@ -56,39 +56,108 @@ GOOD = {"question": "1 + 1?", "answer": "2"}
 
 CASES = [
     # name, preparation -> overrides, words the message must hold
-    ("missing checkpoint folder", overrides("checkpointer.checkpoint_dir=nowhere"), ["nowhere", "no such folder", "tune download"]),
+    (
+        "missing checkpoint folder",
+        overrides("checkpointer.checkpoint_dir=nowhere"),
+        ["nowhere", "no such folder", "tune download"],
+    ),
     ("folder without weights", no_weights, ["model.safetensors", "tune download"]),
     ("damaged weights", half_a_file, ["model.safetensors", "damaged", "download"]),
     ("weights of another shape", other_shape, ["model.safetensors", "[32, 48]", "[32, 64]", "choose the builder"]),
-    ("another model's folder", overrides("model.num_layers=3"), ["config.json", "num_hidden_layers=2", "num_layers=3", "choose the model builder"]),
-    ("missing tokenizer file", overrides("tokenizer.tokenizer_json_path=no/tokenizer.json"), ["tokenizer.tokenizer_json_path", "no/tokenizer.json", "no such file", "point it at"]),
+    (
+        "another model's folder",
+        overrides("model.num_layers=3"),
+        ["config.json", "num_hidden_layers=2", "num_layers=3", "choose the model builder"],
+    ),
+    (
+        "missing tokenizer file",
+        overrides("tokenizer.tokenizer_json_path=no/tokenizer.json"),
+        ["tokenizer.tokenizer_json_path", "no/tokenizer.json", "no such file", "point it at"],
+    ),
     ("unknown method", overrides("model.method=dnit"), ["method='dnit'", "none, diff, dint"]),
     ("unknown option", overrides("model.ranks=4"), ["ranks=4", "rank"]),
     ("unknown trainable group", overrides("trainable=[adapters]"), ["trainable='adapters'", "adapter, attention"]),
     ("rank 0", overrides("model.rank=0"), ["rank=0", "at least 1"]),
-    ("row without the column", lambda f, m: rows(f, GOOD, {"question": "?", "reply": "2"}), ["row 1", "line 2", "'answer'", "'reply'", "correct"]),
-    ("row of a wrong type", lambda f, m: rows(f, GOOD, {"question": "?", "answer": 2}), ["row 1", "'answer'", "int", "expected text"]),
-    ("invalid JSON", lambda f, m: [*rows(f, GOOD), (f / "rows.jsonl").open("a").write("{oops\n") and "seed=1"], ["rows.jsonl", "line 2", "not valid JSON", "write one object per line"]),
+    (
+        "row without the column",
+        lambda f, m: rows(f, GOOD, {"question": "?", "reply": "2"}),
+        ["row 1", "line 2", "'answer'", "'reply'", "correct"],
+    ),
+    (
+        "row of a wrong type",
+        lambda f, m: rows(f, GOOD, {"question": "?", "answer": 2}),
+        ["row 1", "'answer'", "int", "expected text"],
+    ),
+    (
+        "invalid JSON",
+        lambda f, m: [*rows(f, GOOD), (f / "rows.jsonl").open("a").write("{oops\n") and "seed=1"],
+        ["rows.jsonl", "line 2", "not valid JSON", "write one object per line"],
+    ),
     ("empty dataset", lambda f, m: rows(f), ["rows.jsonl", "no rows"]),
-    ("missing data file", overrides("dataset.data_files=no.jsonl"), ["dataset.data_files='no.jsonl'", "no such file", "give the path"]),
-    ("missing validation file", overrides("dataset_val.data_files=no.jsonl"), ["no.jsonl", "no such file"]),
-    ("row longer than max_seq_len", overrides("max_seq_len=128"), ["row ", "max_seq_len=128", "raise max_seq_len", "truncate"]),
+    (
+        "missing data file",
+        overrides("dataset.data_files=no.jsonl"),
+        ["dataset.data_files='no.jsonl'", "no such file", "give the path"],
+    ),
+    (
+        "missing validation file",
+        overrides("dataset_val.data_files=no.jsonl"),
+        ["dataset_val.data_files='no.jsonl'", "no such file"],
+    ),
+    (
+        "row longer than max_seq_len",
+        overrides("max_seq_len=128"),
+        ["row ", "max_seq_len=128", "raise max_seq_len", "truncate"],
+    ),
     ("max_seq_len beyond the model", overrides("max_seq_len=1024"), ["max_seq_len=1024", "512", "lower it"]),
-    ("mesh that does not fit", overrides("data_parallel_shard_dim=2"), ["data_parallel_shard_dim=2", "1 processes", "-1"]),
-    ("replicas that do not divide", overrides("data_parallel_replicate_dim=2"), ["data_parallel_replicate_dim=2", "does not divide"]),
+    (
+        "mesh that does not fit",
+        overrides("data_parallel_shard_dim=2"),
+        ["data_parallel_shard_dim=2", "1 processes", "-1"],
+    ),
+    (
+        "replicas that do not divide",
+        overrides("data_parallel_replicate_dim=2"),
+        ["data_parallel_replicate_dim=2", "does not divide"],
+    ),
     ("fp16", overrides("dtype=fp16"), ["dtype='fp16'", "bf16, fp32"]),
-    ("head of a tied model", overrides("trainable=[lm_head]"), ["trainable=lm_head", "untie_lm_head=true", "embeddings"]),
+    (
+        "head of a tied model",
+        overrides("trainable=[lm_head]"),
+        ["trainable=lm_head", "untie_lm_head=true", "embeddings"],
+    ),
     ("leaking integral", overrides("model.integral=sequence"), ["integral='sequence'", "allow_future_leak"]),
     ("unknown key", overrides("batchsize=3"), ["batchsize=3", "did you mean batch_size"]),
     ("batch that does not divide", overrides("batch_size=3"), ["global_batch_size=2", "3", "multiple"]),
     ("too few rows", overrides("dataset.num_rows=1"), ["fewer than one global batch", "lower"]),
-    ("checkpoint that is none", overrides("resume=nowhere/step-3"), ["resume='nowhere/step-3'", "not a complete checkpoint", "auto"]),
-    ("checkpoint of another model", overrides("model.attention_backend=eager", "checkpointer.checkpoint_dir={other}", "model.intermediate_dim=48"), ["resume=", "intermediate_dim is 64 there and 48 here", "another output_dir"]),
-    ("checkpoint of another method", overrides("model.method=diff"), ["resume=", "method is 'dint' there and 'diff' here", "another output_dir"]),
+    (
+        "checkpoint that is none",
+        overrides("resume=nowhere/step-3"),
+        ["resume='nowhere/step-3'", "not a complete checkpoint", "auto"],
+    ),
+    (
+        "checkpoint of another model",
+        overrides("checkpointer.checkpoint_dir={other}", "model.intermediate_dim=48"),
+        ["resume=", "intermediate_dim is 64 there and 48 here", "another output_dir"],
+    ),
+    (
+        "checkpoint of another method",
+        overrides("model.method=diff"),
+        ["resume=", "method is 'dint' there and 'diff' here", "another output_dir"],
+    ),
     ("checkpoint with another rank", overrides("model.rank=2"), ["resume=", "rank is 3 there and 2 here"]),
     ("checkpoint of other data", overrides("dataset.num_rows=100"), ["resume", "rows", "120", "100"]),
-    ("output folder of something else", overrides("output_dir={foreign}"), ["foreign", "not saved by lrdint_tune", "another"]),
-]  # fmt: skip
+    (
+        "output over the pretrained model",
+        lambda f, m: [f"output_dir={m.rename(f / 'hf').parent}", f"checkpointer.checkpoint_dir={f / 'hf'}"],
+        ["output_dir=", "checkpointer.checkpoint_dir", "choose another"],
+    ),
+    (
+        "output folder of something else",
+        overrides("output_dir={foreign}"),
+        ["foreign", "not saved by lrdint_tune", "another"],
+    ),
+]
 
 
 @pytest.mark.parametrize(("prepare", "words"), [pytest.param(*case[1:], id=case[0]) for case in CASES])

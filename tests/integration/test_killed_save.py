@@ -82,8 +82,8 @@ def at_pruning() -> None:
     original = shutil.rmtree
 
     def rmtree(path: Any, *args: Any, **kwargs: Any) -> None:
-        if Path(path).name == "step-3":
-            (Path(path) / ".metadata").unlink()
+        if Path(path).name.startswith("step-3"):
+            (Path(path) / "__0_0.distcp").unlink()
             _die()
         original(path, *args, **kwargs)
 

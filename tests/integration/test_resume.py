@@ -9,6 +9,7 @@ from tests.common.tiny_run import read_losses, write_model, write_run
 from tests.distributed.harness import run_recipe
 from tests.integration.runs import SHORT, assert_same_losses, checkpoints, finished_run, killed, tensorboard, values
 
+
 def test_resume_in_the_middle_of_an_epoch(config: Path, finished: Path, tmp_path: Path) -> None:
     """Killed twice: in the first epoch, between two checkpoints, and in the second."""
     out = f"output_dir={tmp_path}"
@@ -79,7 +80,9 @@ def uneven(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("uneven")
     sizes = {"num_heads": 3, "num_kv_heads": 1, "embed_dim": 24}
     write_model(folder / "model", **sizes)
-    config = write_run(folder, **{f"model__{key}": value for key, value in sizes.items()}, model__lam="annealed", **SHORT)
+    config = write_run(
+        folder, **{f"model__{key}": value for key, value in sizes.items()}, model__lam="annealed", **SHORT
+    )
     finished_run(config)
     return config, folder / "out"
 

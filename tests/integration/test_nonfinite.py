@@ -1,0 +1,103 @@
+"""NaN or infinity stops the run before anything is updated with it, and says where it came from."""
+
+import math
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lrdint_tune.training.data import Batch
+from lrdint_tune.training.trainer import Trainer
+from tests.common.tiny_run import read_losses
+from tests.distributed.harness import run_recipe
+from tests.integration.runs import checkpoints, killed, tree
+
+NONFINITE = 3
+
+
+def _bad_batch(step: int, rank: int, value: float) -> None:
+    """Make the loss of the second micro-batch of ``rank`` (of its only one, with two ranks) ``value`` in the step after
+    ``step``, and print its rows."""
+    original = Trainer._loss
+    seen = [0]
+
+    def loss(self: Trainer, batch: Batch) -> Tensor:
+        result = original(self, batch)
+        if torch.is_grad_enabled() and self.step == step and dist.get_rank() == rank:
+            seen[0] += 1
+            if seen[0] == self.accumulation:
+                print("BAD ROWS", sorted(batch.row_ids), flush=True)
+                return result * value
+        return result
+
+    Trainer._loss = loss  # type: ignore[method-assign]
+
+
+def _bad_gradient(step: int) -> None:
+    """A finite loss whose gradient is infinite."""
+    original = Trainer._loss
+
+    def loss(self: Trainer, batch: Batch) -> Tensor:
+        result = original(self, batch)
+        if self.step == step and result.requires_grad:
+            result.register_hook(lambda gradient: gradient * math.inf)
+        return result
+
+    Trainer._loss = loss  # type: ignore[method-assign]
+
+
+def bad_rows(outputs: list[str]) -> str:
+    match = re.search(r"BAD ROWS (\[.*?\])", "".join(outputs))
+    assert match, outputs
+    return match.group(1)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_bad_loss(config: Path, tmp_path: Path, size: int, value: float) -> None:
+    """Only the bad micro-batch's rows are named, whichever rank had it; the loss is recorded nowhere."""
+    out = f"output_dir={tmp_path}"
+    killed(config, out, step=3, size=size)
+    before = tree(tmp_path / "checkpoints")
+    outcome = run_recipe(config, out, size=size, prepare=[partial(_bad_batch, 4, size - 1, value)])
+    assert outcome.codes == [NONFINITE] * size, outcome.outputs
+    (error,) = outcome.errors
+    assert error.startswith(f"error: step 5: loss {value}")
+    assert f"dataset rows {bad_rows(outcome.outputs)};" in error
+    assert error.endswith("checkpoint step-3 stands")
+    assert tree(tmp_path / "checkpoints") == before
+    assert list(read_losses(tmp_path)) == [1, 2, 3, 4]
+    assert not (tmp_path / "hf").exists()
+
+
+def test_bad_gradient_before_the_first_checkpoint(config: Path, tmp_path: Path) -> None:
+    outcome = run_recipe(config, f"output_dir={tmp_path}", prepare=[partial(_bad_gradient, 1)])
+    assert outcome.codes == [NONFINITE], outcome.outputs
+    (error,) = outcome.errors
+    assert error.startswith("error: step 2: loss ")
+    assert "gradient norm" in error and "(loss finite, gradient not)" in error
+    assert error.endswith("there is no checkpoint yet")
+    assert checkpoints(tmp_path) == []
+
+
+def test_nothing_is_updated(config: Path, tmp_path: Path) -> None:
+    """Parameters and optimizer state when the run stops are those before the step."""
+    outcome = run_recipe(config, f"output_dir={tmp_path}", prepare=[partial(_bad_gradient, 1), _watch_optimizer])
+    assert outcome.codes == [NONFINITE]
+    assert outcome.outputs[0].count("OPTIMIZER STEP") == 1
+
+
+def _watch_optimizer() -> None:
+    original: Callable[..., Any] = torch.optim.AdamW.step
+
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        print("OPTIMIZER STEP", flush=True)
+        return original(self, *args, **kwargs)
+
+    torch.optim.AdamW.step = step  # type: ignore[method-assign]
