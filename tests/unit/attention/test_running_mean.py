@@ -98,7 +98,7 @@ def test_a_document_is_not_disturbed_by_the_one_before() -> None:
 
 
 def test_gradients() -> None:
-    o = random_outputs().requires_grad_()
+    o = random_outputs()[:, :1, :, :2].clone().requires_grad_()
     for name in ("causal", "packed", "packed_dense", "left_padded"):
         layout = layout_of(layout_case(name))
         assert torch.autograd.gradcheck(lambda t, layout=layout: running_mean(t, layout), (o,))
