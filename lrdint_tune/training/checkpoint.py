@@ -58,15 +58,9 @@ class CheckpointManager:
         )
 
     def recover(self) -> None:
-        """Clean up after a kill inside a save: finish or undo its renames, remove what never became complete."""
+        """Clean up after a kill inside a save: remove what never became complete."""
         if not self.is_main or not self.folder.is_dir():
             return
-        for replaced in self.folder.glob("step-*.replaced"):
-            original = replaced.with_suffix("")
-            if original.exists():
-                shutil.rmtree(replaced)
-            else:
-                os.rename(replaced, original)
         for partial in self.folder.glob("step-*.partial"):
             log.warning("removing %s: a save that never completed", partial.name)
             shutil.rmtree(partial)
@@ -93,7 +87,10 @@ class CheckpointManager:
     def set_aside_after(self, step: int) -> None:
         """Move checkpoints of later steps into a folder ``set-aside-K``: training goes on from ``step`` (0: from the
         beginning), and a later ``resume: auto`` must find the new branch."""
-        later = [s for s in self.steps() if s > step] if self.is_main else []
+        if not self.is_main or not self.folder.is_dir():
+            return
+        numbers = (_STEP.fullmatch(p.name) for p in self.folder.iterdir())  # complete or not: the names are needed
+        later = sorted(int(m.group(1)) for m in numbers if m and int(m.group(1)) > step)
         if not later:
             return
         aside = next(p for k in itertools.count(1) if not (p := self.folder / f"set-aside-{k}").exists())
@@ -115,12 +112,7 @@ class CheckpointManager:
         dist.barrier()
         if self.is_main:
             _write_synced(partial / STATE_FILE, json.dumps(train_state, indent=1))
-            if (
-                final.exists()
-            ):  # the same step again, after a resume from an earlier one; recover() undoes a kill in between
-                os.rename(final, self.folder / f"step-{step}.replaced")
             os.rename(partial, final)
-            shutil.rmtree(self.folder / f"step-{step}.replaced", ignore_errors=True)
             _sync_folder(self.folder)
             for old_step in self.steps()[: -self.keep_last_n]:
                 if old_step != step:

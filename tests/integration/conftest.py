@@ -6,12 +6,12 @@ import pytest
 
 from tests.common.tiny_run import write_run
 from tests.distributed.harness import run_recipe
-
+from tests.integration.runs import SHORT
 
 @pytest.fixture(scope="session")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """10 steps in two epochs of 5, checkpoints after 3, 6, 9 and 10; give each run its own output_dir."""
-    return write_run(tmp_path_factory.mktemp("tiny"))
+    """8 steps in two epochs of 4, checkpoints after 3, 6 and 8; give each run its own output_dir."""
+    return write_run(tmp_path_factory.mktemp("tiny"), **SHORT)
 
 
 @pytest.fixture(scope="session")
