@@ -63,9 +63,6 @@ def count_flops(size: Size, variant: str, scope: str, length: int) -> Flops:
         # Scaled RoPE frequencies need real numbers; the rotation has no counted products either way.
         model = build_model(replace(size, scale_factor=1), variant, length, attention_backend="eager")
     full = _counted(Case(model, scope, length))
-    if scope == "step":
-        # Nor does it see into the fused loss: logits forward, their product with the head backward.
-        full += 2 * 2 * length * size.embed_dim * size.vocab_size
     if variant == "listing":
         return Flops(full, full)
     layers = size.num_layers if scope == "step" else 1

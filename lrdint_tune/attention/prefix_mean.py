@@ -26,13 +26,12 @@ class PrefixMean:
 
     Args:
         starts: bool ``[B or 1, N]``, True where a document begins.
-        counted: bool ``[B or 1, N]``, False for rows that no mean counts (padding).
+        counted: bool ``[B or 1, N]``, False for rows that no mean counts (padding); their own is 0.
         dtype: float32 or float64, of the matrices and of the sums.
     """
 
     def __init__(self, starts: Tensor, counted: Tensor, dtype: torch.dtype) -> None:
         starts, counted = torch.broadcast_tensors(starts, counted)
-        self.dtype = dtype
         self.block = min(BLOCK, starts.shape[1])
         self.padding = -starts.shape[1] % self.block
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from lrdint_tune.attention import DocumentMask
 from lrdint_tune.models.decoder import LlamaDecoder
 from tests.common.layouts import BATCH, BLOCK_LAYOUTS, LAYOUTS, LENGTH, Case, layout_case
 from tests.common.models import TINY, attention_of, raw_weights, tiny_model, wake
-from tests.common.reference import reference_attention, reference_lambda
+from tests.common.reference import Rows, reference_attention, reference_lambda
 
 HEADS = {"mha": 4, "gqa": 2, "mqa": 1}
 METHODS: dict[str, dict[str, Any]] = {
@@ -65,7 +66,7 @@ def compare(options: dict[str, Any], case: Case, step: int = 0) -> None:
     model = build(**options)
     model.advance_schedule(step)
     attention = attention_of(model)
-    x = torch.randn(BATCH, LENGTH, TINY["embed_dim"], dtype=torch.float64, requires_grad=True)
+    x = torch.randn(*case.rows.documents.shape, TINY["embed_dim"], dtype=torch.float64, requires_grad=True)
     x_reference = x.detach().clone().requires_grad_()
     want, weights, parameters = expected(model, x_reference, case, options, step)
     got = attention(x, x, mask=case.mask, input_pos=case.input_pos)
@@ -88,13 +89,30 @@ def compare(options: dict[str, Any], case: Case, step: int = 0) -> None:
         )
 
 
-@pytest.mark.parametrize("backend", ["eager", "sdpa", "auto"])
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("heads", HEADS)
 def test_every_layout(heads: str, layout: str, method: str, backend: str) -> None:
     options = {**METHODS[method], "num_kv_heads": HEADS[heads], "attention_backend": backend}
     compare(options, layout_case(layout))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_auto_backend(layout: str) -> None:
+    compare({**METHODS["dint"], "attention_backend": "auto"}, layout_case(layout))
+
+
+@pytest.mark.parametrize("mask", ["documents", "dense"])
+def test_long_packed_rows(mask: str) -> None:
+    """Documents shorter and longer than the blocks in which a fast path may work, not aligned to them."""
+    lengths = [[70, 1, 129], [3, 64, 133]]
+    documents = DocumentMask(lengths)
+    labels = torch.tensor([[d for d, n in enumerate(row) for _ in range(n)] for row in lengths])
+    positions = torch.tensor([[p for n in row for p in range(n)] for row in lengths])
+    allowed = (labels[:, :, None] == labels[:, None, :]).tril()
+    case = Case(Rows(allowed, labels, positions), documents if mask == "documents" else allowed, positions)
+    compare({"method": "dint", "rank": 3, "secondary_scale": "standard"}, case)
 
 
 @pytest.mark.parametrize("scale", ["seed", "variance", "standard", 0.37])

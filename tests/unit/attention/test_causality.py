@@ -23,11 +23,13 @@ METHODS: dict[str, dict[str, Any]] = {
 LITERAL = {"method": "dint", "rank": 3, "integral": "sequence", "allow_future_leak": True}
 
 
-def change_before_after(options: dict[str, Any], backend: str, first_changed: int, mask: Any) -> tuple[Tensor, Tensor]:
+def change_before_after(
+    options: dict[str, Any], backend: str, first_changed: int, mask: Any, length: int = LENGTH
+) -> tuple[Tensor, Tensor]:
     """Largest change of the logits before `first_changed` and at it, when every token from there on is replaced."""
-    model = wake(tiny_model(attention_backend=backend, **options))
+    model = wake(tiny_model(attention_backend=backend, max_seq_len=length, **options))
     model.advance_schedule(4)
-    tokens = torch.randint(TINY["vocab_size"], (2, LENGTH))
+    tokens = torch.randint(TINY["vocab_size"], (2, length))
     changed = tokens.clone()
     changed[:, first_changed:] = (changed[:, first_changed:] + 7) % TINY["vocab_size"]
     with torch.no_grad():
@@ -44,6 +46,17 @@ def test_outputs_before_a_change_are_bit_equal(method: str, backend: str, packed
     for first_changed in (1, 9, 19):
         before, at = change_before_after(METHODS[method], backend, first_changed, mask)
         assert before == 0, (method, backend, first_changed, before)
+        assert at > 1e-3
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_long_sequences(backend: str, packed: bool) -> None:
+    """Longer than the blocks in which a fast path may work; changes inside blocks and at their edges."""
+    mask = DocumentMask([[30, 97, 1, 72], [200]]) if packed else None
+    for first_changed in (5, 63, 64, 65, 128, 199):
+        before, at = change_before_after(METHODS["dint"], backend, first_changed, mask, length=200)
+        assert before == 0, (first_changed, before)
         assert at > 1e-3
 
 

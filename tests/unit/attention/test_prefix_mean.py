@@ -17,7 +17,7 @@ def plain_mean(x, starts, counted):
         for i in range(x.shape[2]):
             begin = max([m for m in range(i + 1) if starts[b, m]], default=0)
             rows = [m for m in range(begin, i + 1) if counted[b, m]]
-            if rows:
+            if counted[b, i]:
                 out[b, :, i] = x[b, :, rows].mean(1)
     return out
 

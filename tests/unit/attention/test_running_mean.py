@@ -11,13 +11,13 @@ HEADS, HEAD_DIM = 3, 4
 
 
 def means_by_loops(o: Tensor, case: Case, causal: bool) -> Tensor:
-    """Mean over the valid rows of each row's document, up to the row itself when `causal`; 0 where there is none."""
+    """Mean over the valid rows of each row's document, up to the row itself when `causal`; 0 for rows without keys."""
     rows, out = case.rows, torch.zeros_like(o)
     for b in range(o.shape[0]):
         for i in range(o.shape[2]):
             last = i if causal else o.shape[2] - 1
             same = [m for m in range(last + 1) if rows.documents[b, m] == rows.documents[b, i] and rows.valid[b, m]]
-            if same:
+            if same and rows.valid[b, i]:
                 out[b, :, i] = o[b, :, same].mean(1)
     return out
 
@@ -36,8 +36,7 @@ def test_means(name: str, causal: bool) -> None:
     case, o = layout_case(name), random_outputs()
     o = o.masked_fill(~case.rows.valid[:, None, :, None], 0)  # as attention leaves the rows without keys
     got = (running_mean if causal else document_mean)(o, layout_of(case))
-    real = case.rows.valid[:, None, :, None].expand_as(o)
-    torch.testing.assert_close(got[real], means_by_loops(o, case, causal)[real], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(got, means_by_loops(o, case, causal), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["running", "document"])
@@ -71,7 +70,7 @@ def test_bf16_input_is_accumulated_in_float32(name: str) -> None:
     torch.testing.assert_close(got.double(), want, rtol=2**-8, atol=0)
 
 
-@pytest.mark.parametrize("name", ["causal", "packed_dense", "left_padded"])
+@pytest.mark.parametrize("name", ["causal", "packed_dense", "left_padded", "right_padded", "hole"])
 @pytest.mark.parametrize("pieces", [[5, 1, 1, 3, 2], [1] * LENGTH, [LENGTH]])
 def test_state_carries_the_mean_over_calls(name: str, pieces: list[int]) -> None:
     case, o = layout_case(name), random_outputs()
@@ -98,7 +97,7 @@ def test_a_document_is_not_disturbed_by_the_one_before() -> None:
 
 
 def test_gradients() -> None:
-    o = random_outputs().requires_grad_()
+    o = random_outputs()[:, :1, :, :2].clone().requires_grad_()
     for name in ("causal", "packed", "packed_dense", "left_padded"):
         layout = layout_of(layout_case(name))
         assert torch.autograd.gradcheck(lambda t, layout=layout: running_mean(t, layout), (o,))
