@@ -1,0 +1,101 @@
+"""Every file in ``configs/`` loads, builds its model without memory, and names components that a plain install has."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from omegaconf import OmegaConf
+from torchtune.config._utils import _get_component_from_path
+
+from lrdint_tune.training.components import build, build_model
+from lrdint_tune.training.config import TrainConfig, load_config
+from lrdint_tune.training.trainable import optimizer_groups, set_trainable
+
+FOLDER = Path(__file__).parents[2] / "configs"
+FILES = sorted(FOLDER.glob("*.yaml"))
+
+# Of what `pip install lrdint-tune` brings (pyproject.toml), the packages with components of use.
+RUNTIME = {"torch", "torchtune", "transformers", "lrdint_tune"}
+
+
+@pytest.fixture(params=FILES, ids=lambda file: file.stem)
+def file(request: pytest.FixtureRequest) -> Path:
+    return request.param
+
+
+def load(file: Path) -> TrainConfig:
+    return load_config(OmegaConf.load(file))
+
+
+def components(section: Any) -> list[str]:
+    if not isinstance(section, dict):
+        return []
+    own = [section["_component_"]] if "_component_" in section else []
+    return own + [path for value in section.values() for path in components(value)]
+
+
+def test_the_set_is_complete() -> None:
+    assert {file.stem for file in FILES} >= {
+        "quickstart",
+        "llama3_2_1b_dint",
+        "llama3_2_1b_baseline",
+        "llama3_2_3b_dint",
+        "llama3_1_8b_dint",
+    }
+
+
+def test_model_builds(file: Path) -> None:
+    cfg = load(file)
+    model = build_model(cfg, total_steps=100)
+    set_trainable(model, cfg.trainable)
+    assert all(p.is_meta for p in model.parameters())
+    assert all(p.requires_grad for p in model.adapter_parameters().values())
+    assert bool(model.adapter_parameters()) == (model.spec.method != "none")
+    has_lambda = any(group.get("lr") == cfg.lam_lr for group in optimizer_groups(model, lam_lr=cfg.lam_lr))
+    assert has_lambda or cfg.lam_lr is None, "lam_lr has no effect"
+
+
+def test_components_come_with_the_package(file: Path) -> None:
+    for path in components(yaml.safe_load(file.read_text())):
+        assert path.split(".")[0] in RUNTIME, path
+
+
+def test_optimizer_and_schedule_build(file: Path) -> None:
+    cfg = load(file)
+    optimizer = build("optimizer", cfg.optimizer, [{"params": [torch.nn.Parameter(torch.ones(2, 2))]}])
+    assert cfg.lr_scheduler is not None
+    schedule = build("lr_scheduler", cfg.lr_scheduler, optimizer, num_training_steps=1000)
+    for _ in range(1000):
+        optimizer.step()
+        schedule.step()
+    assert schedule.get_last_lr()[0] == pytest.approx(0, abs=1e-9)
+
+
+def test_datasets_and_tokenizer_take_their_options(file: Path) -> None:
+    cfg = load(file)
+    assert cfg.dataset_val is not None
+    for section in (cfg.dataset, cfg.dataset_val):
+        options = {key: value for key, value in section.items() if key not in ("_component_", "packed")}
+        inspect.signature(_get_component_from_path(section["_component_"])).bind("tokenizer", max_seq_len=8, **options)
+    options = {key: value for key, value in cfg.tokenizer.items() if key != "_component_"}
+    inspect.signature(_get_component_from_path(cfg.tokenizer["_component_"])).bind(**options)
+
+
+def test_header_names_the_command(file: Path) -> None:
+    header = file.read_text().split("\noutput_dir:")[0]
+    assert f"--config configs/{file.name}" in header
+    assert "tune run" in header
+
+
+def test_baseline_is_the_same_training() -> None:
+    dint, baseline = (
+        yaml.safe_load((FOLDER / f"llama3_2_1b_{name}.yaml").read_text()) for name in ("dint", "baseline")
+    )
+    assert baseline["model"] == {"_component_": "lrdint_tune.models.llama3_2_1b", "method": "none"}
+    for config in (dint, baseline):
+        for key in ("model", "output_dir", "lam_lr"):
+            config.pop(key, None)
+    assert baseline == dint
