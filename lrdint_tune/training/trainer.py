@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor
 
 from lrdint_tune.attention import DocumentMask
 from lrdint_tune.errors import ConfigError
-from lrdint_tune.export import plan_export, save_adapter, save_hf_folder
-from lrdint_tune.models.decoder import LlamaDecoder, is_new_tensor
+from lrdint_tune.export import plan_export
+from lrdint_tune.models.decoder import LlamaDecoder
 from lrdint_tune.models.hf import check_hf_config, iter_hf_folder
 from lrdint_tune.models.spec import ModelSpec
 from lrdint_tune.training import parallel
@@ -30,6 +30,7 @@ from lrdint_tune.training.config import TrainConfig
 from lrdint_tune.training.data import Batch
 from lrdint_tune.training.flops import training_flops_per_token
 from lrdint_tune.training.metrics import Progress, TensorBoardLogger, Throughput, memory_values
+from lrdint_tune.training.results import write_results
 from lrdint_tune.training.trainable import optimizer_groups, parameter_table, set_trainable
 from lrdint_tune.training.world import World
 
@@ -371,40 +372,7 @@ class Trainer:
                 self.checkpoints.folder,
             )
             return
-        new: dict[str, Tensor] = {}
-        trained_base: dict[str, Tensor] = {}
-        trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
-        for name, tensor in self.model.state_dict().items():
-            if is_new_tensor(name) or name in trained:
-                whole = parallel.full_tensor(tensor)  # a collective: every rank takes part, rank 0 keeps
-                if self.world.is_main:
-                    (new if is_new_tensor(name) else trained_base)[name] = whole
-        if self.world.is_main and self.spec.method != "none":
-            save_adapter(
-                self.output_dir / "adapter",
-                new,
-                self.spec,
-                base_model_name_or_path=self.cfg.checkpointer.get("base_model_name_or_path")
-                or str(self.checkpoint_dir),
-                trained_base=trained_base,
-                trainable=list(self.cfg.trainable),
-            )
-        tensors = ((name, parallel.full_tensor(tensor)) for name, tensor in self.model.state_dict().items())
-        if self.world.is_main:
-            dtype = torch.bfloat16 if self.cfg.dtype == "bf16" else torch.float32
-            save_hf_folder(
-                self.output_dir / "hf", tensors, self.spec, dtype=dtype, tokenizer_files_from=self.checkpoint_dir
-            )
-            log.info(
-                "saved %s",
-                ", ".join(
-                    str(self.output_dir / d) for d in (("adapter", "hf") if self.spec.method != "none" else ("hf",))
-                ),
-            )
-        else:
-            for _ in tensors:
-                continue
-        dist.barrier()
+        write_results(self.model, self.cfg)
 
 
 def _rows(batches: list[Batch]) -> list[int]:
