@@ -23,6 +23,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from lrdint_tune.errors import ConfigError
@@ -224,6 +225,10 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any], path: Path) -
 
 
 def _named_trained(model: nn.Module) -> dict[str, Tensor]:
+    # After a forward without backward FSDP2 shows the gathered parameters, which the optimizer does not know.
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -234,9 +239,13 @@ def _tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     state: dict[str, Any] = {
         f"model.{name}": tensor for name, tensor in model.state_dict().items() if name in trained or is_new_tensor(name)
     }
+    known = 0
     for name, parameter in trained.items():
+        known += parameter in optimizer.state
         for key, value in optimizer.state.get(parameter, {}).items():
             state[f"optimizer.{name}.{key}"] = value
+    if known != len(optimizer.state):
+        raise RuntimeError(f"the optimizer holds {len(optimizer.state)} parameters but {known} of them have a name")
     return state
 
 
