@@ -50,6 +50,12 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
+def record_file(output_dir: Path) -> int | None:
+    """Identifies the file that steps are recorded in."""
+    file = output_dir / "logs" / "metrics.jsonl"
+    return file.stat().st_ino if file.is_file() else None
+
+
 def recorded_step(output_dir: Path) -> int:
     file = output_dir / "logs" / "metrics.jsonl"
     whole = file.read_text().rpartition("\n")[0] if file.is_file() else ""
@@ -87,27 +93,24 @@ def run_with_kills(
         RuntimeError: the job failed, or was over before the last kill.
     """
     draw = random.Random(seed)
-    targets = sorted(draw.sample(range(1, steps - 1), kills))
     done: list[Kill] = []
     command = torchrun("--config", str(config), f"output_dir={output_dir}", *overrides, restarts=kills)
     output_dir.mkdir(parents=True, exist_ok=True)
     with open(output_dir / "torchrun.log", "wb") as log:
         job = subprocess.Popen(command, stdout=log, stderr=log, env=environment(), cwd=REPOSITORY)
         try:
-            killed: set[int] = set()
-            while job.poll() is None and targets:
-                time.sleep(0.005)
-                ranks = ranks_of(job.pid)
-                fresh = len(ranks) == 2 and not killed & set(ranks.values())
-                # A restart forgets the steps after its checkpoint, so the record passes a target at most once more.
-                if not fresh or recorded_step(output_dir) < targets[0]:
-                    continue
-                time.sleep(draw.uniform(0, 0.3))
-                rank = draw.randrange(2)
+            earlier = None
+            for target in sorted(draw.sample(range(1, steps * 3 // 4), kills)):
+                # Each start begins a new file; until then the record is of the processes killed before.
+                while job.poll() is None and (record_file(output_dir) == earlier or recorded_step(output_dir) < target):
+                    time.sleep(0.01)
+                earlier = record_file(output_dir)
+                time.sleep(draw.uniform(0, 0.1))
+                ranks, rank = ranks_of(job.pid), draw.randrange(2)
+                if rank not in ranks:
+                    break
                 done.append(Kill(rank, ranks[rank], recorded_step(output_dir), last_checkpoint(output_dir)))
                 os.kill(ranks[rank], signal.SIGKILL)
-                killed |= set(ranks.values())
-                targets = [target for target in targets[1:] if target > last_checkpoint(output_dir)]
             code = job.wait()
         finally:
             job.kill()

@@ -8,7 +8,7 @@ import pytest
 
 from tests.common.tiny_run import read_losses, write_run
 from tests.integration.kill_ranks import REPOSITORY, TINY, environment, run_uninterrupted, run_with_kills, torchrun
-from tests.integration.runs import SHORT, assert_same_losses
+from tests.integration.runs import assert_same_losses
 
 pytestmark = pytest.mark.slow
 
