@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import time
+import uuid
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -94,9 +96,50 @@ def start_world(device_name: str, *, replicate: int, shard: int, timeout_minutes
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+        timeout = timedelta(minutes=timeout_minutes)
+        store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            store = fresh_store(store, rank, world_size, timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
     return World(rank=dist.get_rank(), size=world_size, device=device, mesh=mesh)
+
+
+def fresh_store(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.Store:
+    """A part of torchrun's store that nobody has written to before.
+
+    With ``--max-restarts`` torchrun (2.13) keeps its store, and what the dead processes left in it: the new ones then
+    wait for ever for connections to the old addresses. The number of restarts cannot tell attempts apart, since the
+    nodes of a job count them separately. So rank 0 draws a name, and answers everybody who asks for it under a key
+    that cannot be old.
+
+    Args:
+        store: shared by all ranks.
+        timeout: for all ranks to be there.
+
+    Raises:
+        RuntimeError: they were not.
+    """
+    own = uuid.uuid4().hex
+    if rank:
+        store.set(f"question/{rank}", own)
+        store.wait([f"answer/{own}"], timeout)
+        name = store.get(f"answer/{own}").decode()
+        store.set(f"{name}/here/{rank}", "")
+        return dist.PrefixStore(name, store)
+    end = time.monotonic() + timeout.total_seconds()
+    missing = set(range(1, size))
+    while missing:
+        for other in list(missing):
+            # The question may be a dead process's, then the one who matters has yet to ask.
+            if store.check([f"question/{other}"]):
+                store.set(f"answer/{store.get(f'question/{other}').decode()}", own)
+            if store.check([f"{own}/here/{other}"]):
+                missing.remove(other)
+        if time.monotonic() > end:
+            raise RuntimeError(f"ranks {sorted(missing)[:8]} of {size} did not come in {timeout}")
+        time.sleep(0.02)
+    return dist.PrefixStore(own, store)
 
 
 def end_world() -> None:
