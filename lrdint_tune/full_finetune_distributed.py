@@ -39,7 +39,8 @@ def recipe_main(cfg: DictConfig) -> int:
         )
         Trainer(checked, world).train()
     except (ConfigError, NonFiniteLossError) as error:
-        if is_main:
+        # Rank 0 for everybody; for what is wrong on another machine only (a missing file), its first process.
+        if is_main or os.environ.get("LOCAL_RANK") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_BAD_INPUT if isinstance(error, ConfigError) else EXIT_NONFINITE
     finally:

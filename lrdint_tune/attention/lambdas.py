@@ -28,6 +28,7 @@ class LambdaForm(nn.Module, ABC):
 
     name: ClassVar[str]
     default_init: ClassVar[float]
+    last: Tensor
 
     def __init__(self, num_lambdas: int, lam_init: float) -> None:
         super().__init__()
@@ -46,8 +47,18 @@ class LambdaForm(nn.Module, ABC):
         """The current λ, float32 ``[H]`` or ``[1]``."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """λ as ``[H or 1, 1, 1]``; ``x`` ``[B, N, D]`` is there for forms that depend on the token."""
-        return self.lam().view(-1, 1, 1)
+        """λ as ``[H or 1, 1, 1]`` in ``x.dtype``; ``x`` ``[B, N, D]`` is there for forms that depend on the token.
+
+        ``last`` keeps the value before it is rounded to ``x.dtype``, for diagnostics.
+        """
+        lam = self.lam()
+        self.last = lam.detach()
+        return lam.view(-1, 1, 1).to(x.dtype)
+
+    @property
+    def starts_at_zero(self) -> bool:
+        """Whether λ is 0 before the first step, so that the pretrained function is unchanged."""
+        return self.lam_init == 0
 
 
 class Learned(LambdaForm):
@@ -89,6 +100,10 @@ class Annealed(LambdaForm):
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.value)
         nn.init.zeros_(self.step)
+
+    @property
+    def starts_at_zero(self) -> bool:
+        return True
 
     def advance(self, step: int) -> None:
         self.step.fill_(step)
@@ -144,6 +159,10 @@ def build_lambda(
     if lam_sharing not in LAMBDA_SHARING:
         raise ConfigError(f"lam_sharing={lam_sharing!r}: unknown; choose one of {', '.join(LAMBDA_SHARING)}")
     cls = LAMBDA_FORMS[form]
+    if lam_init is not None and (isinstance(lam_init, bool) or not isinstance(lam_init, (int, float))):
+        raise ConfigError(f"lam_init={lam_init!r}: must be a number, or null for the default of lam={form}")
+    if anneal_steps is not None and (isinstance(anneal_steps, bool) or not isinstance(anneal_steps, int)):
+        raise ConfigError(f"anneal_steps={anneal_steps!r}: must be a whole number of optimizer steps")
     init = cls.default_init if lam_init is None else float(lam_init)
     count = num_heads if lam_sharing == "head" else 1
     if cls is Annealed:

@@ -221,7 +221,7 @@ class Layout:
 
     @cached_property
     def block_mask(self) -> BlockMask:
-        """The mask as FlexAttention wants it; no ``N x N`` tensor unless the user gave one."""
+        """The mask as FlexAttention wants it, made once per forward (torch makes it from a dense one)."""
         if self._block is not None:
             return self._block
         if self.documents is not None:

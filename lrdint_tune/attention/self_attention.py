@@ -50,8 +50,10 @@ class DifferentialSelfAttention(nn.Module):
         attention_backend: str = "auto",
     ) -> None:
         super().__init__()
-        if num_heads % num_kv_heads:
+        if num_kv_heads < 1 or num_heads % num_kv_heads:
             raise ConfigError(f"num_heads={num_heads}: must be divisible by num_kv_heads={num_kv_heads}")
+        if head_dim % 2:
+            raise ConfigError(f"head_dim={head_dim}: must be even, RoPE turns pairs of features")
         self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads

@@ -20,8 +20,7 @@ def _builder(name: str, title: str, **sizes: Any) -> Callable[..., LlamaDecoder]
     Args:
         method: ``none | diff | dint``.
         options: the method's options (``rank`` ...), ``attention_backend``, or another value for one of the
-            sizes, e.g. ``max_seq_len``
-            to build a shorter RoPE cache.
+            sizes, e.g. ``max_seq_len`` for a shorter RoPE cache.
 
     Raises:
         ConfigError: unknown method or option, or a bad option value.

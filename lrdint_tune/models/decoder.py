@@ -28,7 +28,7 @@ class LlamaDecoder(TransformerDecoder):
 
     def forward(
         self, tokens: Tensor, *, mask: MaskType = None, input_pos: Tensor | None = None, labels: Tensor | None = None
-    ) -> Tensor:
+    ) -> Any:
         """
         Args:
             tokens: int64 ``[B, N]``.
@@ -38,8 +38,9 @@ class LlamaDecoder(TransformerDecoder):
                 ignored.
 
         Returns:
-            Without labels the logits, float32 ``[B, N, vocab]``. With labels the SUM of the token losses in nats, a
-            float32 scalar, computed chunk by chunk so that ``[tokens, vocab]`` never exists whole.
+            Without labels the logits, float32 ``[B, N, vocab]`` (torchtune's lists, if output chunks or hidden states
+            were asked for). With labels the SUM of the token losses in nats, a float32 scalar, computed chunk by chunk
+            so that ``[tokens, vocab]`` never exists whole.
 
         Raises:
             ValueError: too long an input, or a mask or positions that do not fit.
@@ -50,12 +51,19 @@ class LlamaDecoder(TransformerDecoder):
         b, n = tokens.shape
         layout = Layout(mask, input_pos, num_queries=n, batch_size=b, offset=offset, device=tokens.device)
         h = self.tok_embeddings(tokens)
-        for layer in self.layers:
+        hidden = []
+        for i, layer in enumerate(self.layers):
+            if i in self.output_hidden_states:
+                hidden.append(h)
             h = layer(h, mask=layout, input_pos=layout.input_pos)
         h = self.norm(h)
         if labels is None:
-            logits = self.output(h)
-            return logits.to(torch.promote_types(logits.dtype, torch.float32))
+            if self.num_output_chunks > 0:
+                logits = self.chunked_output(h)
+            else:
+                logits = self.output(h)
+                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            return [*hidden, logits] if hidden else logits
         return summed_cross_entropy(h, self.output_weight, labels)
 
     @property

@@ -7,6 +7,7 @@ The names and the ``config.json`` are the business of :mod:`~lrdint_tune.models.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -28,6 +29,7 @@ INDEX_FILE = "model.safetensors.index.json"
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _ROWS_COMPARED = 8192
+_DIGEST_SAMPLES = 64
 
 
 def state_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
@@ -122,6 +124,26 @@ def _is_rope_cache(name: str) -> bool:
     return name.endswith("rotary_emb.inv_freq")
 
 
+def weights_digest(path: str | Path) -> str:
+    """Hexadecimal digest that tells two checkpoints of one architecture apart: files, sizes and samples of the bytes.
+
+    Args:
+        path: a Hugging Face folder.
+
+    Raises:
+        ConfigError: no weights there.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for file in _weight_files(Path(path)):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with open(file, "rb") as f:
+            for i in range(_DIGEST_SAMPLES):
+                f.seek(size * i // _DIGEST_SAMPLES)
+                digest.update(f.read(4096))
+    return digest.hexdigest()
+
+
 def _weight_files(folder: Path) -> list[Path]:
     download = f"download the model in safetensors format with `tune download <repo> --output-dir {folder}`"
     if not folder.is_dir():
@@ -203,4 +225,5 @@ __all__ = [
     "to_hf",
     "to_tune",
     "tune_to_hf",
+    "weights_digest",
 ]

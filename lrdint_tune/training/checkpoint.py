@@ -60,7 +60,7 @@ class CheckpointManager:
 
     def recover(self) -> None:
         """Clean up after a kill inside a save: remove what never became complete."""
-        if not self.is_main or not self.folder.is_dir():
+        if not self.folder.is_dir():
             return
         for partial in self.folder.glob("step-*.partial"):
             log.warning("removing %s: a save that never completed", partial.name)
@@ -88,7 +88,7 @@ class CheckpointManager:
     def set_aside_after(self, step: int) -> None:
         """Move checkpoints of later steps into a folder ``set-aside-K``: training goes on from ``step`` (0: from the
         beginning), and a later ``resume: auto`` must find the new branch."""
-        if not self.is_main or not self.folder.is_dir():
+        if not self.folder.is_dir():
             return
         numbers = (_STEP.fullmatch(p.name) for p in self.folder.iterdir())  # complete or not: the names are needed
         later = sorted(int(m.group(1)) for m in numbers if m and int(m.group(1)) > step)
@@ -123,24 +123,23 @@ class CheckpointManager:
         dist.barrier()
         return final
 
-    def dry_run(self, model: nn.Module, optimizer: Optimizer, train_state: dict[str, Any]) -> None:
-        """Go through the motions of a save before the first step: a problem must not show after the last one.
+    def check_writable(self) -> None:
+        """Write and remove a file: a problem must not show after the last step. Raises ConfigError."""
+        probe = self.folder / ".write-test"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            probe.write_bytes(b"x")
+            probe.unlink()
+        except OSError as error:
+            raise ConfigError(
+                f"output_dir: cannot write to {self.folder} ({error.strerror}); choose a writable folder"
+            ) from None
 
-        Raises:
-            ConfigError: the folder cannot be written.
-        """
+    @staticmethod
+    def dry_run(model: nn.Module, optimizer: Optimizer, train_state: dict[str, Any]) -> None:
+        """Put together everything that a save would write, without writing it."""
         json.dumps(train_state)
         _tensors(model, optimizer)
-        if self.is_main:
-            probe = self.folder / ".write-test"
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                probe.write_bytes(b"x")
-                probe.unlink()
-            except OSError as error:
-                raise ConfigError(
-                    f"output_dir: cannot write to {self.folder} ({error.strerror}); choose a writable folder"
-                ) from None
 
     def load(self, path: Path, model: nn.Module, optimizer: Optimizer) -> None:
         """Fill the trained tensors, the optimizer and the random state from ``path``; any number of ranks may have

@@ -37,7 +37,12 @@ def build(key: str, section: Section, *args: Any, **kwargs: Any) -> Any:
         inspect.signature(component).bind(*args, **{**options, **kwargs})
     except TypeError as error:
         raise ConfigError(f"{key}: {path} does not accept these options ({error}); check the section's keys") from None
-    return instantiate(OmegaConf.create(section), *args, **kwargs)
+    try:
+        return instantiate(OmegaConf.create(section), *args, **kwargs)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise ConfigError(f"{key}: {path} refuses these values ({error}); check the section's values") from error
 
 
 def build_tokenizer(section: Section) -> Any:
@@ -62,6 +67,9 @@ def build_model(cfg: TrainConfig, *, total_steps: int | None = None) -> LlamaDec
     if annealed and section.get("anneal_steps") is None and total_steps is not None:
         section["anneal_steps"] = max(1, total_steps // 2)
     if cfg.untie_lm_head:
+        with torch.device("meta"):
+            if not build("model", section).spec.tie_word_embeddings:
+                raise ConfigError("untie_lm_head=true: this model already has its own head; remove it")
         section["tie_word_embeddings"] = False
     with torch.device("meta"):
         model = build("model", section)

@@ -106,7 +106,7 @@ class TrainConfig:
             raise ConfigError(
                 f"run_val_every_n_steps={self.run_val_every_n_steps}: there is no dataset_val; add that section"
             )
-        for key in ("tokenizer", "model", "dataset", "dataset_val", "optimizer", "lr_scheduler"):
+        for key in ("tokenizer", "model", "dataset", "dataset_val", "optimizer", "lr_scheduler", "metric_logger"):
             section = getattr(self, key)
             if section is not None and "_component_" not in section:
                 raise ConfigError(f"{key}={section}: has no _component_; give the dotted path of what to build")
@@ -154,9 +154,7 @@ def _typed(key: str, value: Any, hint: Any) -> Any:
         if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
             return value
     names = " or ".join("null" if o is type(None) else (get_origin(o) or o).__name__ for o in options)
-    # YAML reads 1e-4 as a string; say so, it is the usual cause.
-    hint_text = "; write 1.0e-4, not 1e-4" if isinstance(value, str) and float in options else ""
-    raise ConfigError(f"{key}={value!r}: must be {names}{hint_text}")
+    raise ConfigError(f"{key}={value!r}: must be {names}")
 
 
 def _choice(key: str, value: str, valid: tuple[str, ...], hint: str = "") -> None:

@@ -44,9 +44,9 @@ def set_precision(model: nn.Module, dtype: str) -> None:
 def checkpoint_activations(model: LlamaDecoder, mode: str) -> None:
     """Recompute each block in the backward pass instead of keeping its activations.
 
-    ``full`` keeps only the block's input; ``selective`` also keeps the outputs of matrix multiplications and attention
-    kernels, which are the expensive ones to recompute. Only ``forward`` is replaced, so parameter names stay as they
-    are and FSDP2's hooks stay outside.
+    ``full`` keeps only the block's input; ``selective`` also keeps the outputs of matrix multiplications and of torch's
+    fused attention kernels, which are the expensive ones to recompute (a compiled FlexAttention is recomputed). Only
+    ``forward`` is replaced, so parameter names stay as they are and FSDP2's hooks stay outside.
     """
     options: dict[str, Any] = {"use_reentrant": False}
     if mode == "selective":
@@ -71,6 +71,11 @@ def shard_model(model: LlamaDecoder, mesh: DeviceMesh, dtype: str) -> None:
     mesh = mesh if mesh.size(0) > 1 else mesh["shard"]
     # With one shard there is nothing to free between forward and backward.
     reshard = mesh.size(-1) > 1
+    # λ in a group of its own, never rounded: in the layer's it would be gathered in bf16, and its curve move in steps.
+    for method in model.methods():
+        for child in method.children():
+            if isinstance(child, LambdaForm) and any(True for _ in child.parameters()):
+                fully_shard(child, mesh=mesh, mp_policy=MixedPrecisionPolicy(), reshard_after_forward=False)
     for layer in model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)

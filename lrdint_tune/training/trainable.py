@@ -12,6 +12,7 @@ from lrdint_tune.models.decoder import LlamaDecoder, is_new_tensor
 
 log = logging.getLogger(__name__)
 
+LAMBDA_GROUP = "lambda"
 TRAINABLE_GROUPS = ("adapter", "attention", "norms", "mlp", "embeddings", "lm_head", "all")
 
 
@@ -90,7 +91,8 @@ def optimizer_groups(model: nn.Module, *, lam_lr: float | None) -> list[dict[str
     if scales:
         groups.append({"params": scales, "weight_decay": 0.0})
     if lambdas:
-        groups.append({"params": lambdas, "weight_decay": 0.0} | ({} if lam_lr is None else {"lr": lam_lr}))
+        own = {} if lam_lr is None else {"lr": lam_lr}
+        groups.append({"params": lambdas, "weight_decay": 0.0, "name": LAMBDA_GROUP, **own})
     elif lam_lr is not None:
         log.warning("lam_lr=%s has no effect: no λ is trained", lam_lr)
     return groups

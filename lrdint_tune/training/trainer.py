@@ -21,7 +21,7 @@ from lrdint_tune.attention import DocumentMask
 from lrdint_tune.errors import ConfigError
 from lrdint_tune.export import plan_export
 from lrdint_tune.models.decoder import LlamaDecoder
-from lrdint_tune.models.hf import check_hf_config, iter_hf_folder
+from lrdint_tune.models.hf import check_hf_config, iter_hf_folder, weights_digest
 from lrdint_tune.models.spec import ModelSpec
 from lrdint_tune.training import parallel
 from lrdint_tune.training.checkpoint import CheckpointManager, check_same_run
@@ -31,7 +31,7 @@ from lrdint_tune.training.data import Batch
 from lrdint_tune.training.flops import training_flops_per_token
 from lrdint_tune.training.metrics import Progress, TensorBoardLogger, Throughput, memory_values
 from lrdint_tune.training.results import write_results
-from lrdint_tune.training.trainable import optimizer_groups, parameter_table, set_trainable
+from lrdint_tune.training.trainable import LAMBDA_GROUP, optimizer_groups, parameter_table, set_trainable
 from lrdint_tune.training.world import World
 
 log = logging.getLogger(__name__)
@@ -77,6 +77,7 @@ class Trainer:
         model = build_model(cfg, total_steps=self.total_steps)
         self.spec = model.spec
         set_trainable(model, cfg.trainable)
+        self.base_digest = weights_digest(self.checkpoint_dir)
         if self.checkpoint_dir.resolve() == (self.output_dir / "hf").resolve():
             raise ConfigError(
                 f"output_dir={cfg.output_dir!r}: its hf folder is checkpointer.checkpoint_dir and would be "
@@ -93,19 +94,22 @@ class Trainer:
                 model.state_dict(), self.spec, output_dirs=(self.output_dir / "adapter", self.output_dir / "hf")
             )
 
+        if not all(method.starts_as_identity for method in model.methods()) and world.is_main:
+            log.warning("λ is not 0 at the start: the model begins as another function than the pretrained one")
+        self.recorder = build("metric_logger", cfg.metric_logger or self._default_logger())
+        if not isinstance(self.recorder, TensorBoardLogger):
+            raise ConfigError(f"metric_logger={cfg.metric_logger}: use lrdint_tune.training.metrics.TensorBoardLogger")
+
         self.step = 0
         self.checkpoints = CheckpointManager(
             self.output_dir / "checkpoints", keep_last_n=cfg.keep_last_n_checkpoints, is_main=world.is_main
         )
-        self.checkpoints.recover()
-        dist.barrier()
-        if cfg.resume != "auto" and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+        # One rank looks: on a network file system two ranks may see two different latest checkpoints.
+        world.on_main(self.checkpoints.check_writable)
+        world.on_main(self.checkpoints.recover)
+        if cfg.resume != "auto" and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) and world.is_main:
             log.warning("resume=%s: a restart by torchrun begins there again; auto goes on from the latest", cfg.resume)
-        resume_from = self.checkpoints.find(cfg.resume)
-        saved = None
-        if resume_from is not None:
-            saved = self.checkpoints.read_state(resume_from)
-            check_same_run(saved["run"], self.run_identity(), resume_from)
+        resume_from, saved = world.on_main(self._find_checkpoint)
         if world.is_main:
             log.info("%s, method %s\n%s", cfg.model["_component_"], self.spec.method, parameter_table(model))
 
@@ -147,7 +151,21 @@ class Trainer:
             if self.cfg.untie_lm_head and name == "tok_embeddings.weight":
                 yield "output.weight", tensor
 
+    def _default_logger(self) -> dict[str, str]:
+        return {
+            "_component_": "lrdint_tune.training.metrics.TensorBoardLogger",
+            "log_dir": str(self.output_dir / "logs"),
+        }
+
     # ------------------------------------------------------------------ state
+
+    def _find_checkpoint(self) -> tuple[Path | None, dict[str, Any] | None]:
+        path = self.checkpoints.find(self.cfg.resume)
+        if path is None:
+            return None, None
+        saved = self.checkpoints.read_state(path)
+        check_same_run(saved["run"], self.run_identity(), path)
+        return path, saved
 
     def run_identity(self) -> dict[str, Any]:
         """What must be equal for a checkpoint to be continued."""
@@ -160,6 +178,10 @@ class Trainer:
             "global_batch_size": self.global_batch,
             "max_seq_len": self.cfg.max_seq_len,
             "seed": self.cfg.seed,
+            "steps_per_epoch": self.steps_per_epoch,
+            "optimizer": self.cfg.optimizer["_component_"],
+            "lr_scheduler": None if self.cfg.lr_scheduler is None else self.cfg.lr_scheduler["_component_"],
+            "checkpoint_dir weights": self.base_digest,
         }
 
     def train_state(self) -> dict[str, Any]:
@@ -202,7 +224,7 @@ class Trainer:
             stands.
         """
         cfg = self.cfg
-        self.checkpoints.set_aside_after(self.step)
+        self.world.on_main(lambda: self.checkpoints.set_aside_after(self.step))
         recorder = self._open_recorder()
         progress = Progress(self.total_steps, self.step, enabled=self.world.is_main)
         throughput = Throughput(training_flops_per_token(self.model, cfg.max_seq_len), self.world.size)
@@ -276,8 +298,13 @@ class Trainer:
         values = {"loss_metrics/global_avg_loss": average}
         if logging_step:
             values |= {"grad_norm": norm, "lr": self.optimizer.param_groups[0]["lr"]}
-            values |= {tag: value.item() for tag, value in self.model.diagnostics().items()}
-            values |= self._adapter_grad_norms()
+            for group in self.optimizer.param_groups:
+                if group.get("name") == LAMBDA_GROUP:
+                    values["lr_lambda"] = group["lr"]
+            if self.world.is_main:
+                values |= {tag: value.item() for tag, value in self.model.diagnostics().items()}
+            if self.spec.method != "none":
+                values |= self._adapter_grad_norms()
         if self.cfg.clip_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(
                 self.trained, self.cfg.clip_grad_norm, torch.tensor(norm, device=self.world.device)
@@ -345,22 +372,15 @@ class Trainer:
                 grad = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
                 squares[int(name.split(".")[1])] += grad.float().square().sum()
         dist.all_reduce(squares, group=self.world.mesh.get_group("shard"))
-        if self.spec.method == "none":
-            return {}
         return {f"adapter_grad_norm/layers.{i}": value for i, value in enumerate(squares.sqrt().tolist())}
 
     def _open_recorder(self) -> TensorBoardLogger | None:
         if not self.world.is_main:
             return None
-        section = self.cfg.metric_logger or {
-            "_component_": "lrdint_tune.training.metrics.TensorBoardLogger",
-            "log_dir": str(self.output_dir / "logs"),
-        }
-        recorder = build("metric_logger", section)
-        recorder.open(resumed_step=self.step)
+        self.recorder.open(resumed_step=self.step)
         if self.step == 0:
-            recorder.log_text("config", f"```yaml\n{OmegaConf.to_yaml(dataclasses.asdict(self.cfg))}\n```")
-        return recorder
+            self.recorder.log_text("config", f"```yaml\n{OmegaConf.to_yaml(dataclasses.asdict(self.cfg))}\n```")
+        return self.recorder
 
     # ------------------------------------------------------------------ results
 

@@ -6,14 +6,18 @@ import os
 import socket
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lrdint_tune.errors import ConfigError
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -34,11 +38,21 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def all_reduce(self, value: float, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> float:
-        """Sum (or ``op``) of a number over all ranks, in float64."""
-        tensor = torch.tensor([value], dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor, op=op)
-        return float(tensor.item())
+    def on_main(self, action: Callable[[], _T]) -> _T:
+        """Run ``action`` on rank 0 and give every rank its result or its ConfigError: nobody waits for one that failed.
+
+        Every rank must call it. The result must be picklable.
+        """
+        outcome: list[Any] = [None]
+        if self.is_main:
+            try:
+                outcome = [action()]
+            except ConfigError as error:
+                outcome = [error]
+        dist.broadcast_object_list(outcome, src=0)
+        if isinstance(outcome[0], ConfigError):
+            raise outcome[0]
+        return outcome[0]
 
 
 def mesh_shape(world_size: int, replicate: int, shard: int) -> tuple[int, int]:

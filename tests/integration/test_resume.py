@@ -25,6 +25,17 @@ def test_resume_in_the_middle_of_an_epoch(config: Path, finished: Path, tmp_path
     assert values(tmp_path, "lr") == values(finished, "lr")
 
 
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("trainable", ["[adapter,attention]", "[all]"])
+def test_checkpoint_right_after_a_validation(config: Path, tmp_path: Path, size: int, trainable: str) -> None:
+    """A forward without backward leaves FSDP2's parameters gathered: the optimizer is saved whole all the same."""
+    same = (f"trainable={trainable}", "run_val_every_n_steps=3")
+    finished_run(config, f"output_dir={tmp_path / 'whole'}", *same, size=size)
+    killed(config, f"output_dir={tmp_path / 'cut'}", *same, step=4, size=size)
+    finished_run(config, f"output_dir={tmp_path / 'cut'}", *same, size=size)
+    assert_same_losses(tmp_path / "cut", tmp_path / "whole")
+
+
 def test_resume_when_a_line_was_half_written(config: Path, finished: Path, tmp_path: Path) -> None:
     out = f"output_dir={tmp_path}"
     killed(config, out, step=5)

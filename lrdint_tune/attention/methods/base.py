@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
@@ -60,12 +61,17 @@ class AttentionMethod(nn.Module, ABC):
             if isinstance(child, LambdaForm):
                 child.advance(step)
 
-    def observe(self, lam: Tensor, o1: Tensor, o2: Tensor) -> None:
+    @property
+    def starts_as_identity(self) -> bool:
+        """Whether the first forward is the pretrained model's."""
+        return all(child.starts_at_zero for child in self.children() if isinstance(child, LambdaForm))
+
+    def observe(self, o1: Tensor, o2: Tensor) -> None:
         """Keep λ (mean, min, max over heads) and ``||O2|| / ||O1||`` of this forward, if diagnostics are enabled."""
         if self.diagnostics is None:
             return
         with torch.no_grad():
-            lam = lam.float()
+            lam = self.lam.last
             self.diagnostics = {
                 "lambda_mean": lam.mean(),
                 "lambda_min": lam.min(),
@@ -86,6 +92,6 @@ def scale_multiplier(option: str | float, head_dim: int) -> float:
     divisors = {"seed": 81.0, "variance": 9.0, "standard": 1.0}
     if isinstance(option, str) and option in divisors:
         return (divisors[option] / head_dim) ** 0.5
-    if isinstance(option, (int, float)) and not isinstance(option, bool) and option > 0:
+    if isinstance(option, (int, float)) and not isinstance(option, bool) and 0 < option < math.inf:
         return float(option)
     raise ConfigError(f"secondary_scale={option!r}: choose seed, variance, standard or a positive number")

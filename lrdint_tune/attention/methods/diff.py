@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import cache
 
 from torch import Tensor
 
@@ -12,6 +13,12 @@ from lrdint_tune.attention.methods.base import AttentionMethod, AttentionShape, 
 from lrdint_tune.attention.methods.low_rank import build_heads
 
 log = logging.getLogger(__name__)
+
+
+@cache
+def _warn_once(message: str) -> None:
+    """Every layer would say it."""
+    log.warning(message)
 
 
 class Diff(AttentionMethod):
@@ -46,7 +53,7 @@ class Diff(AttentionMethod):
     ) -> None:
         super().__init__()
         if rank is None and secondary_scale == "seed":
-            log.warning(
+            _warn_once(
                 "rank=null with secondary_scale=seed: hd/81 was derived for low-rank factors; the published "
                 "full-rank form is "
                 "secondary_scale=standard"
@@ -62,7 +69,7 @@ class Diff(AttentionMethod):
     def forward(self, ctx: AttentionContext) -> Tensor:
         o1, o2 = self.signal_and_noise(ctx)
         lam = self.lam(ctx.x)
-        self.observe(lam, o1, o2)
+        self.observe(o1, o2)
         return o1 - lam * o2
 
     def signal_and_noise(self, ctx: AttentionContext) -> tuple[Tensor, Tensor]:

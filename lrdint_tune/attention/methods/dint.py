@@ -40,6 +40,8 @@ class Dint(Diff):
         if integral not in INTEGRALS:
             raise ConfigError(f"integral={integral!r}: unknown; choose one of {', '.join(INTEGRALS)}")
         leaks = integral == "sequence"
+        if not isinstance(allow_future_leak, bool):
+            raise ConfigError(f"allow_future_leak={allow_future_leak!r}: must be true or false")
         if leaks and not allow_future_leak:
             raise ConfigError(
                 "integral='sequence': averages over future rows, so future tokens reach the past and the loss is not a "
@@ -54,5 +56,5 @@ class Dint(Diff):
         o1, o2 = self.signal_and_noise(ctx)
         mean = ctx.document_mean(o1) if self.leaks_future else ctx.running_mean(o1)
         lam = self.lam(ctx.x)
-        self.observe(lam, o1, o2)
+        self.observe(o1, o2)
         return o1 + lam * (mean - o2)

@@ -74,5 +74,7 @@ def build_heads(
 ) -> LowRankHeads | FullRankHeads:
     """Low-rank heads, or full-rank ones when ``rank`` is None. Raises ConfigError as :class:`LowRankHeads` does."""
     if rank is None:
+        if factors != "per_head":
+            raise ConfigError(f"factors={factors!r}: has no effect with rank=null (full rank); remove it or set a rank")
         return FullRankHeads(embed_dim, num_heads, head_dim)
     return LowRankHeads(embed_dim, num_heads, head_dim, rank=rank, factors=factors)

@@ -48,7 +48,7 @@ def load(**changes: Any) -> TrainConfig:
         ({"batchsize": 3}, ["batchsize", "batch_size"]),
         ({"batch_size": 0}, ["batch_size=0", "at least 1"]),
         ({"epochs": "three"}, ["epochs", "three", "int"]),
-        ({"clip_grad_norm": "1e-1"}, ["clip_grad_norm", "1.0e-4"]),
+        ({"clip_grad_norm": "small"}, ["clip_grad_norm", "small", "float"]),
         ({"clip_grad_norm": -1.0}, ["clip_grad_norm", "positive"]),
         ({"trainable": ["adapters"]}, ["trainable", "adapters", "adapter", "attention"]),
         ({"trainable": []}, ["trainable", "nothing to train"]),

@@ -61,8 +61,7 @@ def test_missing_rank_is_named() -> None:
 
 def _alone() -> tuple[int, int, str, tuple[int, ...]]:
     world = start_world("cpu", replicate=1, shard=-1)
-    total = world.all_reduce(2.5)
-    assert total == 2.5
+    assert world.on_main(lambda: 2.5) == 2.5
     assert world.is_main
     end_world()
     assert not dist.is_initialized()
@@ -73,15 +72,23 @@ def test_one_process_without_a_launcher() -> None:
     assert start_ranks(_alone, 1, group=False).results == [(0, 1, "cpu", (1, 1))]
 
 
-def _two(replicate: int) -> tuple[float, float, tuple[int, ...]]:
+def _refused() -> str:
+    raise ConfigError("no such thing")
+
+
+def _two(replicate: int) -> tuple[str, str, tuple[int, ...]]:
     world = start_world("cpu", replicate=replicate, shard=-1)
-    largest = world.all_reduce(world.rank, op=dist.ReduceOp.MAX)
-    return world.all_reduce(world.rank + 1), largest, tuple(world.mesh.mesh.shape)
+    chosen = world.on_main(lambda: f"by rank {world.rank}")
+    try:
+        world.on_main(_refused)
+    except ConfigError as error:  # on every rank, though only rank 0 ran it
+        return chosen, str(error), tuple(world.mesh.mesh.shape)
+    return chosen, "not refused", tuple(world.mesh.mesh.shape)
 
 
-def test_mesh_of_two() -> None:
-    assert run_ranks(_two, 2, 1) == [(3.0, 1.0, (1, 2))] * 2
-    assert run_ranks(_two, 2, 2) == [(3.0, 1.0, (2, 1))] * 2
+def test_mesh_of_two_and_what_rank_0_does_for_all() -> None:
+    assert run_ranks(_two, 2, 1) == [("by rank 0", "no such thing", (1, 2))] * 2
+    assert run_ranks(_two, 2, 2) == [("by rank 0", "no such thing", (2, 1))] * 2
 
 
 def test_device(monkeypatch: pytest.MonkeyPatch) -> None:
