@@ -70,7 +70,7 @@ def _save_and_export(config: Path, output_dir: str, save: bool) -> tuple[list[st
     before = _snapshot(trainer)
     assert before["optimizer"], "the optimizer has no state yet, nothing would be compared"
     if save:
-        for action in (trainer.save, trainer.export, trainer.validate):
+        for action in (trainer.validate, trainer.save, trainer.export):
             action()
     after = _snapshot(trainer)
     losses += [trainer._train_step(False)[0]["loss_metrics/global_avg_loss"] for _ in range(2)]

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from omegaconf import OmegaConf
 from torchtune.config._utils import _get_component_from_path
 
 from lrdint_tune.training.components import build, build_model
@@ -27,7 +26,7 @@ def file(request: pytest.FixtureRequest) -> Path:
 
 
 def load(file: Path) -> TrainConfig:
-    return load_config(OmegaConf.load(file))
+    return load_config(yaml.safe_load(file.read_text()))
 
 
 def components(section: Any) -> list[str]:

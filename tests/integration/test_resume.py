@@ -98,6 +98,18 @@ def uneven(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return config, folder / "out"
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_resume_from_a_save_after_a_validation(config: Path, tmp_path: Path, size: int) -> None:
+    """A forward without backward leaves FSDP2 with gathered parameters, those of the root too; the save that follows
+    must find the optimizer's state all the same."""
+    often = ("run_val_every_n_steps=2", "save_every_n_steps=2", "trainable=[all]", "epochs=1")
+    finished_run(config, f"output_dir={tmp_path / 'whole'}", *often, size=size)
+    killed(config, f"output_dir={tmp_path / 'cut'}", *often, step=2, size=size)
+    finished_run(config, f"output_dir={tmp_path / 'cut'}", *often, size=size)
+    assert_same_losses(tmp_path / "cut", tmp_path / "whole")
+    assert list(values(tmp_path / "cut", "validation_metrics/loss")) == [0, 2, 4]
+
+
 def test_resume_from_a_named_checkpoint(config: Path, finished: Path, tmp_path: Path) -> None:
     finished_run(config, f"output_dir={tmp_path}", f"resume={finished / 'checkpoints' / 'step-6'}")
     assert list(read_losses(tmp_path)) == [7, 8]

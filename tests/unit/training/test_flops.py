@@ -1,0 +1,65 @@
+"""The formula against torch's own counter, at a width where the running mean, which the formula leaves out, is small."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from lrdint_tune.models import LlamaDecoder, llama3_2
+from lrdint_tune.training.flops import training_flops_per_token
+
+SIZES: dict[str, Any] = dict(
+    vocab_size=300,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    embed_dim=192,
+    max_seq_len=128,
+    intermediate_dim=4096,
+    scale_factor=1,
+    attention_backend="eager",  # the counter sees nothing in torch's kernels on a CPU
+)
+B, N = 2, 96
+
+
+def counted(model: LlamaDecoder) -> float:
+    tokens = torch.randint(0, 300, (B, N))
+    with FlopCounterMode(display=False) as counter:
+        model(tokens, labels=tokens).backward()
+    return counter.get_total_flops() / (B * N)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "none"},
+        {"method": "none", "tie_word_embeddings": False},
+        {"method": "dint", "rank": 8},
+        {"method": "dint", "rank": 8, "factors": "shared"},
+        {"method": "diff", "rank": None, "secondary_scale": "standard"},
+        {"method": "dint", "head_dim": 64},
+    ],
+    ids=str,
+)
+def test_all_trained(options: dict[str, Any]) -> None:
+    model = llama3_2(**{**SIZES, **options})
+    assert training_flops_per_token(model, N) == pytest.approx(counted(model), rel=0.01)
+
+
+def test_frozen_weights_cost_less() -> None:
+    """A frozen weight has no gradient of its own. Only what comes before the first trained tensor is counted although
+    nothing flows back there: less than a layer."""
+    model = llama3_2(**{**SIZES, "num_layers": 6, "method": "dint"})
+    whole = training_flops_per_token(model, N)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".attn." in name)
+    frozen = training_flops_per_token(model, N)
+    assert frozen < whole
+    assert frozen == pytest.approx(counted(model), rel=0.03)
+
+
+def test_meta_parameters_are_enough() -> None:
+    with torch.device("meta"):
+        model = llama3_2(**SIZES)
+    assert training_flops_per_token(model, N) == training_flops_per_token(llama3_2(**SIZES), N)

@@ -1,0 +1,104 @@
+"""Records that can be continued, and rates that count what they say."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lrdint_tune.training import metrics
+from lrdint_tune.training.metrics import Progress, TensorBoardLogger, Throughput, memory_values
+
+
+def recorded(folder: Path) -> list[tuple[int, float]]:
+    return [(e.step, e.value) for e in EventAccumulator(str(folder)).Reload().Scalars("loss")]
+
+
+def write(folder: Path, resumed_step: int, steps: range, value: float) -> TensorBoardLogger:
+    logger = TensorBoardLogger(str(folder))
+    logger.open(resumed_step=resumed_step)
+    for step in steps:
+        logger.log({"loss": value}, step)
+    logger.close()
+    return logger
+
+
+def test_resumed_record_is_one_curve(tmp_path: Path) -> None:
+    write(tmp_path, 0, range(0, 6), 1.0)
+    logger = write(tmp_path, 3, range(4, 8), 2.0)
+    expected = [(step, 1.0 if step <= 3 else 2.0) for step in range(8)]
+    assert recorded(tmp_path) == expected
+    assert logger.history("loss") == expected
+    assert logger.history("other") == []
+
+
+def test_new_run_hides_the_earlier_one(tmp_path: Path) -> None:
+    write(tmp_path, 0, range(0, 6), 1.0)
+    logger = write(tmp_path, 0, range(0, 2), 2.0)
+    assert recorded(tmp_path) == logger.history("loss") == [(0, 2.0), (1, 2.0)]
+
+
+def test_half_a_line_is_dropped(tmp_path: Path) -> None:
+    write(tmp_path, 0, range(1, 4), 1.0)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')
+    logger = write(tmp_path, 3, range(4, 5), 2.0)
+    assert logger.history("loss") == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0)]
+
+
+def test_each_line_is_json(tmp_path: Path) -> None:
+    write(tmp_path, 0, range(1, 3), 0.1)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"step": 1, "loss": 0.1}, {"step": 2, "loss": 0.1}]
+
+
+def test_text_is_shown(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(str(tmp_path))
+    logger.open(resumed_step=0)
+    logger.log_text("config", "a: 1")
+    logger.close()
+    assert "config/text_summary" in EventAccumulator(str(tmp_path)).Reload().Tags()["tensors"]
+
+
+def test_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+    throughput = Throughput(flops_per_token=3e12, world_size=2)
+    throughput.add(40, 0.5)
+    throughput.add(60, 1.5)
+    now[0] += 4
+    assert throughput.take() == {
+        "throughput(tps)": 25.0,
+        "tflops": 25.0 * 3 / 2,
+        "time_metrics/end_to_end(s)": 2.0,
+        "time_metrics/data_loading(s)": 1.0,
+    }
+    now[0] += 3  # a validation, say
+    throughput.reset()
+    now[0] += 1
+    throughput.add(10, 0)
+    assert throughput.take()["throughput(tps)"] == 10.0
+
+
+def test_memory() -> None:
+    (value,) = memory_values(torch.device("cpu")).values()
+    assert 0.05 < value < 100  # GiB of this process
+
+
+def test_progress_shows_loss_and_rate(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(total=10, done=4, enabled=True)
+    progress.update(1.2345, 1000)
+    progress.message("step 5: fine")
+    progress.close()
+    out, err = capsys.readouterr()
+    assert "step 5: fine" in out
+    assert "loss=1.2345" in err and "tok_s=1,000" in err and "5/10" in err
+
+
+def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(total=10, done=0, enabled=False)
+    progress.update(1.0, 1.0)
+    progress.message("no")
+    progress.close()
+    assert capsys.readouterr() == ("", "")
