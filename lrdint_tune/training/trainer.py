@@ -27,7 +27,7 @@ from lrdint_tune.training import parallel
 from lrdint_tune.training.checkpoint import CheckpointManager, check_same_run
 from lrdint_tune.training.components import accumulation_steps, build, build_loader, build_model, build_tokenizer
 from lrdint_tune.training.config import TrainConfig
-from lrdint_tune.training.data import Batch
+from lrdint_tune.training.data import Batch, BatchLoader
 from lrdint_tune.training.flops import training_flops_per_token
 from lrdint_tune.training.metrics import Progress, TensorBoardLogger, Throughput, memory_values
 from lrdint_tune.training.results import write_results
@@ -284,7 +284,7 @@ class Trainer:
 
         losses = []
         for batch in batches:
-            loss = self._loss(batch)
+            loss = self._loss(self.loader, batch)
             # FSDP2 averages gradients over the ranks; the loss is per token over all of them.
             (loss * (self.world.size / label_tokens)).backward()
             losses.append(loss.detach())
@@ -317,10 +317,12 @@ class Trainer:
         self.model.advance_schedule(self.step)
         return values, input_tokens, data_seconds
 
-    def _loss(self, batch: Batch) -> Tensor:
+    def _loss(self, loader: BatchLoader, batch: Batch) -> Tensor:
         """Sum of the token losses of a micro-batch."""
+        # Unpacked rows need no mask: nothing before the padding on their right can see it.
+        mask = DocumentMask(batch.lengths) if loader.packed else None
         tokens, labels, input_pos = (t.to(self.world.device) for t in (batch.tokens, batch.labels, batch.input_pos))
-        return self.model(tokens, mask=DocumentMask(batch.lengths), input_pos=input_pos, labels=labels)
+        return self.model(tokens, mask=mask, input_pos=input_pos, labels=labels)
 
     @torch.no_grad()
     def validate(self) -> float:
@@ -329,7 +331,7 @@ class Trainer:
         total = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         self.model.enable_diagnostics(False)
         for batch in self.loader_val.epoch_batches():
-            total[0] += self._loss(batch).double()
+            total[0] += self._loss(self.loader_val, batch).double()
             total[1] += batch.num_label_tokens
         dist.all_reduce(total)
         return float(total[0] / total[1])

@@ -26,8 +26,7 @@ class Batch:
         tokens: int64 [B, N], padded on the right with ``pad_id``.
         labels: int64 [B, N], shifted within each document, -100 where nothing is trained.
         input_pos: int64 [B, N], position inside the document; the padding counts as a document of its own.
-        lengths: document lengths of each sequence, padding included: each list sums to N. Unpacked, [N]: nothing
-            before the padding on the right sees it.
+        lengths: document lengths of each sequence, padding included: each list sums to N.
         row_ids: rows of the source in the batch (counting from 0), in order, for messages.
         num_input_tokens: tokens that are not padding.
         num_label_tokens: labels that are not -100.
@@ -172,9 +171,6 @@ class BatchLoader:
             if begin < width:
                 input_pos[i, begin:] = np.arange(width - begin)
                 lengths[i].append(width - begin)
-            if not self.packed:
-                # Causal attention alone keeps what follows a row from it: one span, one plain causal kernel.
-                lengths[i] = [width]
         return Batch(
             tokens=torch.from_numpy(tokens),
             labels=torch.from_numpy(labels),

@@ -88,10 +88,9 @@ def test_another_run_is_refused() -> None:
 
 def test_unwritable_folder_is_found_before_training(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    model = nn.Linear(2, 2)
     with pytest.raises(ConfigError, match="output_dir: cannot write to .*choose a writable folder"):
-        manager(tmp_path / "file" / "checkpoints").dry_run(model, torch.optim.AdamW(model.parameters()), {})
-    manager(tmp_path / "new").dry_run(model, torch.optim.AdamW(model.parameters()), {"step": 0})
+        manager(tmp_path / "file" / "checkpoints").check_writable()
+    manager(tmp_path / "new").check_writable()
     assert list((tmp_path / "new").iterdir()) == []
 
 

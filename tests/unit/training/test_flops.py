@@ -1,4 +1,4 @@
-"""The formula against torch's own counter, where the running mean, which the formula leaves out, weighs little."""
+"""The formula against torch's own counter, where the running mean, which the formula leaves out, is small."""
 
 from typing import Any
 
