@@ -53,7 +53,8 @@ class LambdaForm(nn.Module, ABC):
         """
         lam = self.lam()
         self.last = lam.detach()
-        return lam.view(-1, 1, 1).to(x.dtype)
+        # A copy: FSDP2 warns of a module that returns a view of its parameter.
+        return lam.view(-1, 1, 1).to(x.dtype, copy=True)
 
     @property
     def starts_at_zero(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import defaultdict, deque
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
 
 from lrdint_tune.attention.lambdas import LambdaForm
 from lrdint_tune.errors import ConfigError
@@ -50,13 +53,45 @@ def checkpoint_activations(model: LlamaDecoder, mode: str) -> None:
     """
     options: dict[str, Any] = {"use_reentrant": False}
     if mode == "selective":
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, _save_expensive)
+        options["context_fn"] = _keep_expensive
     for layer in model.layers:
         layer.forward = partial(checkpoint, layer.forward, **options)
 
 
-def _save_expensive(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in _SAVED_OPS else CheckpointPolicy.PREFER_RECOMPUTE
+def _keep_expensive() -> tuple[TorchDispatchMode, TorchDispatchMode]:
+    """The contexts of a block's forward pass and of its recomputation.
+
+    torch's own ``create_selective_checkpoint_contexts`` wants every operation of the forward pass to come again in the
+    same number. With FSDP2 inside the block (the λ) that is not so: its hooks do less when the recomputation runs.
+    """
+    kept: dict[Any, deque[Any]] = defaultdict(deque)
+    return _Keep(kept), _Reuse(kept)
+
+
+class _Keep(TorchDispatchMode):
+    """Keeps the outputs of the expensive operations, in order."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, kept: dict[Any, deque[Any]]) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in _SAVED_OPS:
+            # Detached: autograd is about to write its graph, which holds this store, into the tensor itself.
+            self.kept[func].append(tree_map_only(Tensor, torch.detach, out))
+        return out
+
+
+class _Reuse(_Keep):
+    """Gives them back instead of computing them."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _SAVED_OPS:
+            return self.kept[func].popleft()
+        return func(*args, **(kwargs or {}))
 
 
 def shard_model(model: LlamaDecoder, mesh: DeviceMesh, dtype: str) -> None:

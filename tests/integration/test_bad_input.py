@@ -33,7 +33,7 @@ def no_weights(folder: Path, model: Path) -> list[str]:
 def half_a_file(folder: Path, model: Path) -> list[str]:
     file = model / "model.safetensors"
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    return []
+    return ["resume=never"]
 
 
 def other_shape(folder: Path, model: Path) -> list[str]:
@@ -43,7 +43,7 @@ def other_shape(folder: Path, model: Path) -> list[str]:
     save_hf_folder(model, narrow.state_dict().items(), narrow.spec, dtype=torch.float32)
     (model / "config.json").write_text(config)
     write_tokenizer(model)
-    return []
+    return ["resume=never"]
 
 
 def rows(folder: Path, *records: object) -> list[str]:

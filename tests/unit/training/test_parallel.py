@@ -122,3 +122,19 @@ def test_loading_converts_the_dtype() -> None:
     load_weights(model, [("norm.scale", torch.full((32,), 0.5, dtype=torch.bfloat16))], complete=False)
     assert model.norm.scale.dtype == torch.float32
     assert (model.norm.scale == 0.5).all()
+
+
+@pytest.mark.parametrize("options", [{"method": "none", "rank": None}, {}, {"lam": "annealed"}], ids=str)
+def test_selective_gradients_are_the_same_bits(options: dict[str, Any]) -> None:
+    """What is kept is what would have been computed."""
+    gradients = []
+    for mode in (None, "selective", "full"):
+        torch.manual_seed(3)
+        model = build(**options) if options.get("method") != "none" else llama3_2(**SIZES)
+        if mode:
+            checkpoint_activations(model, mode)
+        model(TOKENS, labels=TOKENS).backward()
+        model(TOKENS + 1, labels=TOKENS).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for other in gradients[1:]:
+        assert [name for name, g in gradients[0].items() if not torch.equal(g, other[name])] == []
