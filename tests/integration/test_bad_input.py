@@ -46,10 +46,14 @@ def other_shape(folder: Path, model: Path) -> list[str]:
     return ["resume=never"]
 
 
-def rows(folder: Path, *records: object) -> list[str]:
+def lines(folder: Path, *text: str) -> list[str]:
     file = folder / "rows.jsonl"
-    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    file.write_text("".join(f"{line}\n" for line in text))
     return [f"dataset.data_files={file}"]
+
+
+def rows(folder: Path, *records: object) -> list[str]:
+    return lines(folder, *map(json.dumps, records))
 
 
 GOOD = {"question": "1 + 1?", "answer": "2"}
@@ -90,7 +94,7 @@ CASES = [
     ),
     (
         "invalid JSON",
-        lambda f, m: [*rows(f, GOOD), (f / "rows.jsonl").open("a").write("{oops\n") and "seed=1"],
+        lambda f, m: lines(f, json.dumps(GOOD), "{oops"),
         ["rows.jsonl", "line 2", "not valid JSON", "write one object per line"],
     ),
     ("empty dataset", lambda f, m: rows(f), ["rows.jsonl", "no rows"]),

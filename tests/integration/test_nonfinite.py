@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lrdint_tune.training.data import Batch
+from lrdint_tune.training.data import Batch, BatchLoader
 from lrdint_tune.training.trainer import Trainer
 from tests.common.tiny_run import read_losses
 from tests.distributed.harness import run_recipe
@@ -27,8 +27,8 @@ def _bad_batch(step: int, rank: int, value: float) -> None:
     original = Trainer._loss
     seen = [0]
 
-    def loss(self: Trainer, batch: Batch) -> Tensor:
-        result = original(self, batch)
+    def loss(self: Trainer, loader: BatchLoader, batch: Batch) -> Tensor:
+        result = original(self, loader, batch)
         if torch.is_grad_enabled() and self.step == step and dist.get_rank() == rank:
             seen[0] += 1
             if seen[0] == self.accumulation:
@@ -43,8 +43,8 @@ def _bad_gradient(step: int) -> None:
     """A finite loss whose gradient is infinite."""
     original = Trainer._loss
 
-    def loss(self: Trainer, batch: Batch) -> Tensor:
-        result = original(self, batch)
+    def loss(self: Trainer, loader: BatchLoader, batch: Batch) -> Tensor:
+        result = original(self, loader, batch)
         if self.step == step and result.requires_grad:
             result.register_hook(lambda gradient: gradient * math.inf)
         return result
