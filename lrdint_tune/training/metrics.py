@@ -34,6 +34,10 @@ class TensorBoardLogger:
     def open(self, *, resumed_step: int) -> None:
         """Start recording after ``resumed_step`` (0 for a new run)."""
         self.log_dir.mkdir(parents=True, exist_ok=True)
+        # TensorBoard reads event files in the order of their names, which begin with a second: this one must be later.
+        seconds = [int(old.name.split(".")[3]) for old in self.log_dir.glob("events.out.tfevents.*")]
+        while int(time.time()) <= max(seconds, default=0):
+            time.sleep(0.05)
         # Older event files stay; a new run hides all that is in them, its validation before step 1 included.
         self._writer = SummaryWriter(str(self.log_dir), purge_step=resumed_step + 1 if resumed_step else 0)
         self._file = self.log_dir / JSON_FILE
