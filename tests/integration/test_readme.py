@@ -87,3 +87,7 @@ def test_python_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_links_and_pictures_exist() -> None:
     for path in re.findall(r"\]\(([^)#]+)\)", TEXT):
         assert (ROOT / path).exists(), path
+
+
+def test_no_placeholder_is_left() -> None:
+    assert not re.findall(r"@[A-Z0-9]+@", TEXT)
