@@ -95,8 +95,7 @@ def accumulation_steps(cfg: TrainConfig, world_size: int) -> int:
     if cfg.global_batch_size % per_pass:
         raise ConfigError(
             f"global_batch_size={cfg.global_batch_size}: not a multiple of batch_size {cfg.batch_size} x "
-            f"{world_size} processes = "
-            f"{per_pass}; change one of them"
+            f"{world_size} processes = {per_pass}; change one of them"
         )
     return cfg.global_batch_size // per_pass
 
@@ -105,8 +104,7 @@ def build_loader(key: str, section: Section, cfg: TrainConfig, world: World, tok
     """The loader of a ``dataset`` or ``dataset_val`` section.
 
     Training batches are shuffled as ``shuffle`` says and the incomplete last global batch is dropped; validation reads
-    every row once, in
-    order. Padding is an own document without labels, so its token id does not matter.
+    every row once, in order. Padding is an own document without labels, so its token id does not matter.
 
     Raises:
         ConfigError: as the dataset's component and :class:`~lrdint_tune.training.data.BatchLoader` do.
@@ -121,7 +119,9 @@ def build_loader(key: str, section: Section, cfg: TrainConfig, world: World, tok
             dataset = build(key, options, tokenizer, max_seq_len=cfg.max_seq_len)
     except ConfigError as error:  # a dataset does not know in which section it stands
         message = str(error)
-        raise ConfigError(f"{key}{message[7:]}" if message.startswith("dataset.") else message) from error
+        if message.startswith("dataset."):
+            message = key + message.removeprefix("dataset")
+        raise ConfigError(message) from error
     return BatchLoader(
         dataset,
         batch_size=cfg.batch_size if training else cfg.batch_size_val or cfg.batch_size,

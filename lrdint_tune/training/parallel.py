@@ -109,7 +109,7 @@ def shard_model(model: LlamaDecoder, mesh: DeviceMesh, dtype: str) -> None:
     # λ in a group of its own, never rounded: in the layer's it would be gathered in bf16, and its curve move in steps.
     for method in model.methods():
         for child in method.children():
-            if isinstance(child, LambdaForm) and any(True for _ in child.parameters()):
+            if isinstance(child, LambdaForm) and list(child.parameters()):
                 fully_shard(child, mesh=mesh, mp_policy=MixedPrecisionPolicy(), reshard_after_forward=False)
     for layer in model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)

@@ -44,7 +44,7 @@ def set_trainable(model: LlamaDecoder, groups: list[str]) -> None:
             "untie_lm_head=true to give "
             "the head its own copy"
         )
-    if "adapter" in groups and not model.adapter_parameters() and model.spec.method == "none":
+    if "adapter" in groups and model.spec.method == "none":
         log.info("trainable: method none has no adapter parameters")
     wanted = set(groups)
     for name, parameter in model.named_parameters():

@@ -85,9 +85,8 @@ class Trainer:
             )
         if self.spec.leaks_future:
             log.warning(
-                "integral=sequence: future tokens reach the past. Training loss and ordinary validation loss are "
-                "NOT language-model "
-                "losses, and nothing will be exported; this run measures the leak."
+                "integral=sequence: future tokens reach the past. Training loss and ordinary validation loss are NOT "
+                "language-model losses, and nothing will be exported; this run measures the leak."
             )
         else:
             plan_export(

@@ -71,8 +71,7 @@ def mesh_shape(world_size: int, replicate: int, shard: int) -> tuple[int, int]:
     if replicate * shard != world_size:
         raise ConfigError(
             f"data_parallel_shard_dim={shard}: {replicate} (replicate) x {shard} (shard) = {replicate * shard}, but "
-            f"{world_size} "
-            f"processes were started; set it to -1 or start {replicate * shard} processes"
+            f"{world_size} processes were started; set it to -1 or start {replicate * shard} processes"
         )
     return replicate, shard
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from lrdint_tune.errors import ConfigError
+from lrdint_tune.models.loss import IGNORE_INDEX
 from lrdint_tune.training.data.encode import Document, Encoder, PromptResponse, Tokenizer, tokenise
 from lrdint_tune.training.data.ranks import is_main_process
 from lrdint_tune.training.data.sources import load_rows
 
 log = logging.getLogger(__name__)
 
-IGNORE_INDEX = -100
 
 LongRows = Literal["error", "truncate", "split"]
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lrdint_tune.errors import ConfigError
-from lrdint_tune.training.data.datasets import IGNORE_INDEX, TokenisedDataset
+from lrdint_tune.models.loss import IGNORE_INDEX
+from lrdint_tune.training.data.datasets import TokenisedDataset
 from lrdint_tune.training.data.packing import IntArray, PackPlan, pack_plan
 
 # Width of an unpacked batch is a multiple of this: tensor cores want it, and there are fewer distinct shapes.
