@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.inputs import Case, Size, build_model
-from lrdint_tune.attention import Layout, running_mean
+from lrdint_tune.attention import Layout, integral
 
 
 def interleaved_seconds(cases: dict[str, Case], repeats: int) -> dict[str, list[float]]:
@@ -84,9 +84,10 @@ def _counted(case: Case) -> int:
 
 def _prefix_mean_flops(heads: int, length: int, head_dim: int) -> int:
     o = torch.empty(1, heads, length, head_dim, device="meta", requires_grad=True)
+    lam = torch.empty(heads, 1, 1, device="meta")
     with FlopCounterMode(display=False) as counter:
-        mean = running_mean(o, Layout(None, None, num_queries=length, device="meta"))
-        mean.backward(torch.empty_like(mean))
+        out = integral(o, o, lam, Layout(None, None, num_queries=length, device="meta"))
+        out.backward(torch.empty_like(out))
     return counter.get_total_flops()
 
 

@@ -1,6 +1,6 @@
 """The mathematics: attention with a slot for one differential method. Imports torch only."""
 
-from lrdint_tune.attention.core import Backend, RunningState, attend, document_mean, running_mean
+from lrdint_tune.attention.core import Backend, RunningState, attend, document_mean, integral, running_mean
 from lrdint_tune.attention.lambdas import LAMBDA_FORMS, build_lambda
 from lrdint_tune.attention.layout import DocumentMask, Layout
 from lrdint_tune.attention.methods import METHODS, AttentionMethod, AttentionShape, build_method, method_options
@@ -20,6 +20,7 @@ __all__ = [
     "build_lambda",
     "build_method",
     "document_mean",
+    "integral",
     "method_options",
     "running_mean",
 ]

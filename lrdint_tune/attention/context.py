@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from lrdint_tune.attention.cache import AttentionCache
-from lrdint_tune.attention.core import Backend, attend, document_mean, running_mean
+from lrdint_tune.attention.core import Backend, attend, document_mean, integral
 from lrdint_tune.attention.layout import Layout
 
 Rope = Callable[..., Tensor]
@@ -62,9 +62,9 @@ class AttentionContext:
         """``softmax(q k^T * scale) v``, ``[B, H, N, hd]``; ``scale`` defaults to ``1/sqrt(hd)``."""
         return attend(q, k, v, self._layout, scale=self._scale if scale is None else scale, backend=self._backend)
 
-    def running_mean(self, o: Tensor) -> Tensor:
-        """``A3 v`` of causal DINT for ``o = A1 v``: the mean over the document's rows up to each row."""
-        return running_mean(o, self._layout, None if self._cache is None else self._cache.running)
+    def integral(self, o1: Tensor, o2: Tensor, lam: Tensor) -> Tensor:
+        """``O1 + λ (mean(O1) - O2)``, the mean over the document's rows up to each row."""
+        return integral(o1, o2, lam, self._layout, None if self._cache is None else self._cache.running)
 
     def document_mean(self, o: Tensor) -> Tensor:
         """``A3 v`` as printed in the seeds: the mean over all of the document's rows, future ones included."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from lrdint_tune.attention.layout import Layout
+from lrdint_tune.attention.prefix_mean import integral as fused_integral
 from lrdint_tune.errors import ConfigError
 
 
@@ -154,13 +155,8 @@ def running_mean(o: Tensor, layout: Layout, state: RunningState | None = None) -
 
 def _continued_mean(x: Tensor, layout: Layout, state: RunningState) -> Tensor:
     b, _, n, hd = x.shape
-    starts = layout.starts
-    if starts is None:
-        starts = torch.zeros(1, n, dtype=torch.bool, device=x.device)
-        starts[:, 0] = layout.offset == 0
-    starts = starts.expand(b, n)
-    ones = torch.ones(b, n, dtype=x.dtype, device=x.device)
-    weight = ones if layout.valid is None else layout.valid.to(x.dtype).expand(b, n)
+    starts = layout.document_starts.expand(b, n)
+    weight = layout.counted.expand(b, n).to(x.dtype)
 
     weighted = x * weight[:, None, :, None]
     total, count = weighted.cumsum(2), weight.cumsum(1)
@@ -178,6 +174,22 @@ def _continued_mean(x: Tensor, layout: Layout, state: RunningState) -> Tensor:
     return total * (weight / count.clamp(min=1.0))[:, None, :, None]
 
 
+def integral(o1: Tensor, o2: Tensor, lam: Tensor, layout: Layout, state: RunningState | None = None) -> Tensor:
+    """``O1 + λ (mean(O1) - O2)`` with :func:`running_mean` for the mean (methods.md 1.1).
+
+    Args:
+        o1, o2: ``[B, H, N, hd]``.
+        lam: broadcastable to that.
+        layout, state: as for :func:`running_mean`.
+
+    Returns:
+        ``[B, H, N, hd]`` in ``o1.dtype``.
+    """
+    if state is None:
+        return fused_integral(o1, o2, lam, layout.prefix_mean(torch.promote_types(o1.dtype, torch.float32)))
+    return o1 + lam * (running_mean(o1, layout, state) - o2)
+
+
 def document_mean(o: Tensor, layout: Layout) -> Tensor:
     """The literal ``A3 v`` of the seeds: every row receives the mean over ALL rows of its document, future ones too.
 
@@ -186,10 +198,8 @@ def document_mean(o: Tensor, layout: Layout) -> Tensor:
     """
     x = o.to(torch.promote_types(o.dtype, torch.float32))
     b, _, n, _ = x.shape
-    starts = torch.zeros(1, n, dtype=torch.bool, device=x.device) if layout.starts is None else layout.starts
-    weight = torch.ones(1, n, dtype=x.dtype, device=x.device) if layout.valid is None else layout.valid.to(x.dtype)
-    ids = starts.cumsum(1).expand(b, n)
-    weight = weight.expand(b, n)
+    ids = layout.document_starts.cumsum(1).expand(b, n)
+    weight = layout.counted.expand(b, n).to(x.dtype)
     totals = x.new_zeros(b, n + 1, *x.shape[1::2])  # [B, documents, H, hd]
     counts = x.new_zeros(b, n + 1)
     rows = torch.arange(b, device=x.device)[:, None].expand(b, n)

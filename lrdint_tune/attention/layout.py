@@ -178,8 +178,15 @@ class Layout:
         return see_itself(torch.arange(self._block.shape[0], device=self.device), rows)
 
     @cached_property
-    def starts(self) -> Tensor | None:
-        """bool ``[B or 1, N]``, True where a document begins; None for one document per row that begins at row 0."""
+    def counted(self) -> Tensor:
+        """bool ``[B or 1, N]``, True for the rows of a document, False for padding."""
+        if self.valid is not None:
+            return self.valid
+        return torch.ones(1, self.num_queries, dtype=torch.bool, device=self.device)
+
+    @cached_property
+    def document_starts(self) -> Tensor:
+        """bool ``[B or 1, N]``, True where a document begins."""
         if self._dense is not None:
             first_key = self._dense.to(torch.uint8).argmax(-1)
             rows = torch.arange(self.num_queries, device=self._dense.device) + self.offset
@@ -193,15 +200,12 @@ class Layout:
             return (self.input_pos == 0).view(-1, self.num_queries)
         if self.documents is not None:
             return self.documents.input_pos(self.device) == 0
-        return None
+        return (torch.arange(self.num_queries, device=self.device) == 0)[None]  # a cache's rows go through a dense mask
 
     def prefix_mean(self, dtype: torch.dtype) -> PrefixMean:
         """The prefix mean over the rows of each document, in float32 or float64; for calls without a cache."""
         if dtype not in self._prefix_means:
-            shape = (1, self.num_queries)
-            starts = torch.zeros(shape, dtype=torch.bool, device=self.device) if self.starts is None else self.starts
-            counted = torch.ones(shape, dtype=torch.bool, device=self.device) if self.valid is None else self.valid
-            self._prefix_means[dtype] = PrefixMean(starts, counted, dtype)
+            self._prefix_means[dtype] = PrefixMean(self.document_starts, self.counted, dtype)
         return self._prefix_means[dtype]
 
     @cached_property

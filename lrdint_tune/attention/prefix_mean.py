@@ -1,4 +1,4 @@
-"""The prefix mean over the rows of a document, as a few small matrix products.
+"""The prefix mean over the rows of a document, as a few small matrix products, and what DINT does with it.
 
 A ``cumsum`` along the sequence walks ``[B, N, H, hd]`` memory in strides of a whole row, and its backward flips twice.
 Cutting the sequence into blocks turns both directions into products with one small matrix per block: several times
@@ -8,10 +8,12 @@ faster, and documents and padding are entries that are 0.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 BLOCK = 64
 
@@ -32,14 +34,12 @@ class PrefixMean:
 
     def __init__(self, starts: Tensor, counted: Tensor, dtype: torch.dtype) -> None:
         starts, counted = torch.broadcast_tensors(starts, counted)
-        self.block = min(BLOCK, starts.shape[1])
-        self.padding = -starts.shape[1] % self.block
-
+        block = min(BLOCK, starts.shape[1])
         total = counted.cumsum(1)
         before = torch.where(starts, total - counted.long(), 0).cummax(1).values  # counted rows of earlier documents
-        document = self._blocks(starts.cumsum(1))  # [B, N/C, C]
-        weight = self._blocks(counted.to(dtype))
-        share = weight / self._blocks(total - before).clamp(min=1).to(dtype)
+        document = _blocks(starts.cumsum(1), block)  # [B, N/C, C]
+        weight = _blocks(counted.to(dtype), block)
+        share = weight / _blocks(total - before, block).clamp(min=1).to(dtype)
         first, last = document[..., :1], document[..., -1:]
 
         def entries(allowed: Tensor) -> Tensor:
@@ -55,18 +55,64 @@ class PrefixMean:
 
     def __call__(self, x: Tensor) -> Tensor:
         """``[B, H, N, hd]`` of ``dtype`` -> the same."""
-        _, heads, n, _ = x.shape
-        rows = self._blocks(x.transpose(1, 2).flatten(2))  # [B, N/C, C, H hd]
-        with _full_precision(x.device.type):
-            accumulated = self.earlier @ (self.closing @ rows).squeeze(2)  # [B, N/C, H hd]
-            mean = torch.addcmul(self.within @ rows, self.opening, accumulated[:, :, None])
-        return mean.flatten(1, 2)[:, :n].unflatten(-1, (heads, -1)).transpose(1, 2)
+        return _product(x, self.within, self.closing, self.opening, self.earlier)
 
-    def _blocks(self, t: Tensor) -> Tensor:
-        """``[B, N, ...]`` -> ``[B, N/C, C, ...]``, the last block filled up with zeros (rows counted nowhere)."""
-        if self.padding:
-            t = F.pad(t, (0, 0) * (t.dim() - 2) + (0, self.padding))
-        return t.unflatten(1, (-1, self.block))
+
+def integral(o1: Tensor, o2: Tensor, lam: Tensor, mean: PrefixMean) -> Tensor:
+    """``O1 + λ (mean(O1) - O2)``, DINT's output (methods.md 1.1), with a backward written by hand.
+
+    Autograd would keep three tensors of the outputs' size and pass over them a dozen times; here one is kept, and the
+    rest is done in place. First derivatives only.
+
+    Args:
+        o1, o2: ``[B, H, N, hd]``.
+        lam: broadcastable to that.
+        mean: of the dtype in which ``o1`` is summed.
+
+    Returns:
+        ``[B, H, N, hd]`` in ``o1.dtype``.
+    """
+    return _Integral.apply(o1, o2, lam, mean.within, mean.closing, mean.opening, mean.earlier)
+
+
+class _Integral(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, o1: Tensor, o2: Tensor, lam: Tensor, *matrices: Tensor) -> Tensor:
+        restored = _product(o1.to(matrices[0].dtype), *matrices).to(o1.dtype).sub_(o2)
+        ctx.save_for_backward(restored, lam, *matrices)
+        return torch.addcmul(o1, lam, restored)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        restored, lam, within, closing, opening, earlier = ctx.saved_tensors
+        buffer = grad * restored
+        grad_lam = buffer.sum_to_size(lam.shape)
+        torch.mul(grad, lam, out=buffer)
+        transposed = within.mT, opening.mT, closing.mT, earlier.mT
+        grad_o1 = _product(buffer.to(within.dtype), *transposed).to(grad.dtype).add_(grad)
+        return grad_o1, buffer.neg_(), grad_lam, None, None, None, None
+
+
+def _product(x: Tensor, within: Tensor, closing: Tensor, opening: Tensor, earlier: Tensor) -> Tensor:
+    """``within x + opening (earlier (closing x))`` on blocks of rows, ``[B, H, N, hd]`` -> the same.
+
+    The transpose has the same form: ``within^T``, and ``opening^T``, ``closing^T``, ``earlier^T`` in these places.
+    """
+    _, heads, n, _ = x.shape
+    rows = _blocks(x.transpose(1, 2).flatten(2), within.shape[-1])  # [B, N/C, C, H hd]
+    with _full_precision(x.device.type):
+        accumulated = earlier @ (closing @ rows).squeeze(2)  # [B, N/C, H hd]
+        out = (within @ rows).addcmul_(opening, accumulated[:, :, None])
+    return out.flatten(1, 2)[:, :n].unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _blocks(t: Tensor, block: int) -> Tensor:
+    """``[B, N, ...]`` -> ``[B, N/C, C, ...]``, the last block filled up with zeros (rows counted nowhere)."""
+    padding = -t.shape[1] % block
+    if padding:
+        t = F.pad(t, (0, 0) * (t.dim() - 2) + (0, padding))
+    return t.unflatten(1, (-1, block))
 
 
 def _full_precision(device: str) -> AbstractContextManager[None]:

@@ -54,7 +54,8 @@ class Dint(Diff):
 
     def forward(self, ctx: AttentionContext) -> Tensor:
         o1, o2 = self.signal_and_noise(ctx)
-        mean = ctx.document_mean(o1) if self.leaks_future else ctx.running_mean(o1)
         lam = self.lam(ctx.x)
         self.observe(o1, o2)
-        return o1 + lam * (mean - o2)
+        if self.leaks_future:
+            return o1 + lam * (ctx.document_mean(o1) - o2)
+        return ctx.integral(o1, o2, lam)

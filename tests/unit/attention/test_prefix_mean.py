@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lrdint_tune.attention import DocumentMask, Layout, running_mean
+from lrdint_tune.attention import DocumentMask, Layout, integral, running_mean
 from lrdint_tune.attention.prefix_mean import BLOCK, PrefixMean
 
 # Around the block size, and shorter than one block.
@@ -60,6 +60,25 @@ def test_gradient(length):
     mask = DocumentMask([[length - 3, 3]])
     x = torch.randn(1, 2, length, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: running_mean(x, Layout(mask, None, num_queries=length)), (x,))
+
+
+@pytest.mark.parametrize("lam_shape", [(2, 1, 1), (1, 1, 1), (1, 2, BLOCK + 9, 1)], ids=["head", "layer", "token"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_integral_is_its_formula(lam_shape, dtype):
+    """Values and gradients of the hand-written form against ``O1 + λ (mean(O1) - O2)`` by autograd."""
+    layout = Layout(DocumentMask([[BLOCK + 6, 3]]), None, num_queries=BLOCK + 9)
+    o1, o2, grad = torch.randn(3, 1, 2, BLOCK + 9, 4, dtype=dtype)
+    inputs = [o1, o2, torch.randn(lam_shape, dtype=dtype)]
+    results = []
+    for function in (integral, lambda a, b, lam, layout: a + lam * (running_mean(a, layout) - b)):
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        out = function(*leaves, layout)
+        assert out.dtype == dtype
+        results.append((out, *torch.autograd.grad(out, leaves, grad)))
+    tolerance = 1e-12 if dtype == torch.float64 else 0.05
+    for actual, expected in zip(*results, strict=True):
+        assert actual.shape == expected.shape
+        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("mask", [None, DocumentMask([[100, 300], [400]])])
