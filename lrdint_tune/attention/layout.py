@@ -107,9 +107,14 @@ class Layout:
     A document begins at a row that may see no key before itself (dense mask) or whose ``input_pos`` is 0
     (``BlockMask``).
 
+    Attributes:
+        causal: False only in layouts of encoders, which the models of this package are not.
+
     Raises:
         ValueError: if the mask's shape does not fit ``N`` and the number of keys.
     """
+
+    causal = True
 
     def __init__(
         self,

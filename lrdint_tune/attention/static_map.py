@@ -33,7 +33,7 @@ class _Places(NamedTuple):
 def attend_static(
     maps: Tensor, v: Tensor, layout: Layout, *, num_heads: int, alignment: str, softmax: bool = False
 ) -> Tensor:
-    """``tril(map) v`` on ``n`` positions of each document (seed 004 eq. 10-13), 0 elsewhere.
+    """``tril(map) v`` on ``n`` positions of each document (seed 004 eq. 10-13), 0 elsewhere; ``map v`` in an encoder.
 
     Query head ``j`` uses map ``j mod H_s``. Positions count from the document's first row (``alignment: start``), or
     such that they end with its last (``end``; a document shorter than ``n`` fills the first positions either way).
@@ -44,20 +44,26 @@ def attend_static(
         layout: documents and padding; a document is taken to be without gaps.
         num_heads: ``H``.
         alignment: ``start | end``.
-        softmax: replace each map by the softmax of its rows over the positions up to their own.
+        softmax: replace each map by the softmax of its rows over the positions up to their own (in an encoder: of the
+            document).
 
     Returns:
         ``[B, H, N, hd]`` in ``v.dtype``.
     """
     b, kv_heads, _, _ = v.shape
-    n = maps.shape[-1]
-    future = torch.ones(n, n, dtype=torch.bool, device=maps.device).triu(1)
-    maps = maps.masked_fill(future, float("-inf")).softmax(-1) if softmax else maps.masked_fill(future, 0.0)
-    maps = _per_head(maps, num_heads).to(v.dtype)  # [H, n, n]
-
+    n = min(maps.shape[-1], layout.num_keys)  # no document is longer
+    maps = maps[:, :n, :n]
     places = _places(layout, n, alignment)
     slots = places.begin[..., None] + torch.arange(n, device=v.device)  # [B, docs, n]
     held = (slots < places.end[..., None]).expand(b, -1, -1)
+    if layout.causal:
+        future = torch.ones(n, n, dtype=torch.bool, device=maps.device).triu(1)
+        maps = maps.masked_fill(future, float("-inf")).softmax(-1) if softmax else maps.masked_fill(future, 0.0)
+    elif softmax:  # a row sees the whole document, and nothing behind it
+        hidden = ~held[:, :, None, None]
+        maps = maps.masked_fill(hidden, torch.finfo(maps.dtype).min).softmax(-1)  # [B, docs, H_s, n, n]
+    maps = _per_head(maps, num_heads).to(v.dtype)  # [H, n, n]
+
     batch = torch.arange(b, device=v.device)[:, None, None]
     values = v.transpose(1, 2)[batch, slots.clamp(max=v.shape[2] - 1).expand(b, -1, -1)]  # [B, docs, n, K, hd]
     values = values.masked_fill(~held[..., None, None], 0.0).permute(0, 1, 3, 2, 4)
@@ -84,7 +90,8 @@ def static_bias(maps: Tensor, layout: Layout, *, num_heads: int, alignment: str)
 
 
 def _per_head(maps: Tensor, num_heads: int) -> Tensor:
-    return maps.repeat(num_heads // maps.shape[0], 1, 1)
+    """``[..., H_s, n, n]`` -> ``[..., H, n, n]``."""
+    return maps.repeat(*[1] * (maps.dim() - 3), num_heads // maps.shape[-3], 1, 1)
 
 
 def _places(layout: Layout, n: int, alignment: str) -> _Places:
