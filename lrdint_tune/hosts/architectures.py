@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ class HostProjection:
     """
 
     module: nn.Module
-    features: slice = slice(None)
+    features: slice = field(default_factory=lambda: slice(None))
 
     @property
     def weight(self) -> Tensor:
@@ -160,9 +160,7 @@ ARCHITECTURES = {
         Architecture(
             "RobertaForSequenceClassification", _roberta, head="classifier.", stacks=(ENCODER,), task="classification"
         ),
-        Architecture(
-            "BartForConditionalGeneration", _bart, head="lm_head.", stacks=(ENCODER, DECODER), task="seq2seq"
-        ),
+        Architecture("BartForConditionalGeneration", _bart, head="lm_head.", stacks=(ENCODER, DECODER), task="seq2seq"),
         Architecture("LlamaForCausalLM", _llama, head="lm_head.", stacks=(DECODER,), rotary=True),
     )
 }

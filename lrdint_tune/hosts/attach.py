@@ -208,9 +208,7 @@ def _mask(*, q_length: int, kv_length: int, q_offset: Any = 0, **kwargs: Any) ->
     if isinstance(q_offset, Tensor):
         raise ConfigError("cache_implementation='static': not supported with a method; use a dynamic cache")
     allow = kwargs.pop("allow_is_causal_skip", True) and q_length == kv_length
-    return sdpa_mask(
-        q_length=q_length, kv_length=kv_length, q_offset=q_offset, allow_is_causal_skip=allow, **kwargs
-    )
+    return sdpa_mask(q_length=q_length, kv_length=kv_length, q_offset=q_offset, allow_is_causal_skip=allow, **kwargs)
 
 
 AttentionInterface.register(IMPLEMENTATION, _attention)

@@ -10,9 +10,7 @@ from torch import Tensor
 from lrdint_tune.attention.layout import Documents, Layout
 
 
-def host_layout(
-    mask: Tensor | None, *, causal: bool, num_queries: int, num_keys: int, device: torch.device
-) -> Layout:
+def host_layout(mask: Tensor | None, *, causal: bool, num_queries: int, num_keys: int, device: torch.device) -> Layout:
     """The layout behind an attention call.
 
     In transformers a padding row sees the tokens before it; that it may not see itself tells it from the others.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints, overload
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -119,8 +119,19 @@ class TrainConfig:
         _known("checkpointer", self.checkpointer, ("checkpoint_dir", "base_model_name_or_path"))
 
 
-def load_config(cfg: DictConfig | dict[str, Any]) -> TrainConfig:
-    """Turn a parsed YAML into a checked config.
+_Config = TypeVar("_Config")
+
+
+@overload
+def load_config(cfg: DictConfig | dict[str, Any]) -> TrainConfig: ...
+
+
+@overload
+def load_config(cfg: DictConfig | dict[str, Any], kind: type[_Config]) -> _Config: ...
+
+
+def load_config(cfg: DictConfig | dict[str, Any], kind: type[Any] = TrainConfig) -> Any:
+    """Turn a parsed YAML into a checked config of the dataclass ``kind``.
 
     Raises:
         ConfigError: an unknown or missing key, a value of the wrong type or out of range, an interpolation that does
@@ -132,15 +143,15 @@ def load_config(cfg: DictConfig | dict[str, Any]) -> TrainConfig:
         raise ConfigError(f"config: {str(error).splitlines()[0]}; check the ${{...}} references") from None
     assert isinstance(raw, dict)
     values = {str(key): value for key, value in raw.items()}
-    _known("config", values, tuple(f.name for f in fields(TrainConfig)))
-    hints = get_type_hints(TrainConfig)
-    for f in fields(TrainConfig):
+    _known("config", values, tuple(f.name for f in fields(kind)))
+    hints = get_type_hints(kind)
+    for f in fields(kind):
         if f.name not in values:
             if f.default is MISSING and f.default_factory is MISSING:
                 raise ConfigError(f"{f.name}: missing from the config; add it")
             continue
         values[f.name] = _typed(f.name, values[f.name], hints[f.name])
-    return TrainConfig(**values)
+    return kind(**values)
 
 
 def _typed(key: str, value: Any, hint: Any) -> Any:

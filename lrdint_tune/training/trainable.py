@@ -72,7 +72,7 @@ def parameter_table(model: nn.Module) -> str:
 
 
 def is_lambda(name: str) -> bool:
-    return ".attn.method.lam." in name
+    return ".method.lam." in name
 
 
 def optimizer_groups(model: nn.Module, *, lam_lr: float | None) -> list[dict[str, Any]]:
