@@ -84,7 +84,7 @@ HALF_WAY = {"lam": "annealed", "anneal_steps": 4}  # with two steps done: λ = 0
         pytest.param(other("diffk", **HALF_WAY), id="diffk"),
         pytest.param(other("diffv", **HALF_WAY), id="diffv"),
         pytest.param(other("difflora", rank=3), id="difflora"),
-        pytest.param(other("lmam", n=16, scale=1.0, softmax_map=True), id="lmam"),
+        pytest.param(other("lmam", n=256, scale=1.0, softmax_map=True), id="lmam"),
     ],
 )
 def test_ranks_of_every_method(even: Path, model: dict[str, Any]) -> None:
