@@ -170,6 +170,8 @@ class Trainer:
         """What must be equal for a checkpoint to be continued."""
         spec = dataclasses.asdict(self.spec)
         options = spec.pop("method_options")
+        if not spec["adapters"]:  # a checkpoint from before there were any goes on
+            del spec["adapters"]
         return {
             **spec,
             **options,
@@ -302,7 +304,7 @@ class Trainer:
                     values["lr_lambda"] = group["lr"]
             if self.world.is_main:
                 values |= {tag: value.item() for tag, value in self.model.diagnostics().items()}
-            if self.spec.method != "none":
+            if not self.spec.is_stock:
                 values |= self._adapter_grad_norms()
         if self.cfg.clip_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(
