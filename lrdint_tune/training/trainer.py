@@ -331,9 +331,11 @@ class Trainer:
         assert self.loader_val is not None
         total = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         self.model.enable_diagnostics(False)
+        self.model.eval()  # the adapters' dropout
         for batch in self.loader_val.epoch_batches():
             total[0] += self._loss(self.loader_val, batch).double()
             total[1] += batch.num_label_tokens
+        self.model.train()
         dist.all_reduce(total)
         return float(total[0] / total[1])
 
