@@ -32,8 +32,8 @@ class LabelledTexts:
         for row, (ids, label) in enumerate(zip(self.tokens, self.labels, strict=True)):
             if max(ids, default=0) >= vocab_size:
                 raise ConfigError(
-                    f"row {row} of {self.where}: token id {max(ids)} is outside the vocabulary of {vocab_size}; use the "
-                    "model's tokenizer"
+                    f"row {row} of {self.where}: token id {max(ids)} is outside the vocabulary of {vocab_size}; use "
+                    "the model's tokenizer"
                 )
             if not 0 <= label < num_labels:
                 raise ConfigError(
