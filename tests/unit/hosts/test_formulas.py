@@ -164,3 +164,32 @@ def test_lmam_ablations(option: str, host: str) -> None:
         expected = (a1 + dense * allowed) @ v
     expected = expected.transpose(1, 2)
     torch.testing.assert_close(got[own], expected[own], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("host", ["gpt2", "roberta", "bart", "llama"])
+def test_bottleneck_is_parallel_to_the_ffn(host: str) -> None:
+    """``FFN(x) + s up(ReLU(down(x)))``, inside the residual connection, and nothing at the start."""
+    plain = tiny(host)
+    model = attach(tiny(host), "none", adapters=[{"type": "bottleneck", "rank": 3, "scale": 2.0}])
+    given = inputs(host, tokens())
+    assert torch.equal(model(**given).logits, plain(**given).logits)
+    wake(model)
+    x = torch.randn(2, 5, WIDTH, dtype=torch.float64)
+    if host == "gpt2":
+        ffn, base = model.transformer.h[0].mlp, plain.transformer.h[0].mlp(x)
+        got, holder = ffn(x), ffn
+    elif host == "llama":
+        ffn, base = model.model.layers[0].mlp, plain.model.layers[0].mlp(x)
+        got, holder = ffn(x), ffn
+    elif host == "roberta":
+        layer, stock = model.roberta.encoder.layer[0], plain.roberta.encoder.layer[0]
+        got, holder = layer.output.dense(layer.intermediate(x)), layer.output.dense
+        base = stock.output.dense(stock.intermediate(x))
+    else:
+        layer, stock = model.model.encoder.layers[0], plain.model.encoder.layers[0]
+        got, holder = layer.fc2(layer.fc1(x).relu()), layer.fc2
+        base = stock.fc2(stock.fc1(x).relu())
+    adapter = holder.bottleneck.adapter
+    expected = base + 2.0 * adapter.up(adapter.down(x).relu())
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(model(**given).logits, plain(**given).logits, atol=1e-3)
