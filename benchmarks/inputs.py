@@ -57,7 +57,7 @@ def build_model(size: Size, variant: str, length: int, **options: Any) -> LlamaD
         if variant == "listing":
             attention.method = Listing(size.shape)
         if variant != "none":
-            nn.init.constant_(attention.method.lam.value, LAMBDA)  # type: ignore[arg-type]  # the learned form has one
+            nn.init.constant_(attention.method.get_parameter("lam.value"), LAMBDA)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".attn." in name)
     return model

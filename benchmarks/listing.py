@@ -25,6 +25,7 @@ class Listing(Diff):
     name = "listing"
 
     def forward(self, ctx: AttentionContext) -> Tensor:
+        assert self.k2 is not None
         d = ctx.q.shape[-1]
         group = ctx.q.shape[1] // ctx.k.shape[1]
         q1, k1 = ctx.q, ctx.k.repeat_interleave(group, dim=1)

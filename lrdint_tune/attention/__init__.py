@@ -3,8 +3,9 @@
 from lrdint_tune.attention.core import Backend, RunningState, attend, document_mean, integral, running_mean
 from lrdint_tune.attention.lambdas import LAMBDA_FORMS, build_lambda
 from lrdint_tune.attention.layout import DocumentMask, Layout
-from lrdint_tune.attention.methods import METHODS, AttentionMethod, AttentionShape, build_method, method_options
+from lrdint_tune.attention.methods import METHODS, AttentionMethod, build_method, method_options
 from lrdint_tune.attention.self_attention import DifferentialSelfAttention
+from lrdint_tune.attention.shape import AttentionShape
 
 __all__ = [
     "LAMBDA_FORMS",

@@ -44,8 +44,10 @@ class Backend(str, Enum):
             ) from None
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, scale: float, backend: Backend) -> Tensor:
-    """``softmax(q k^T * scale) v`` under the mask of ``layout``.
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, scale: float, backend: Backend, bias: Tensor | None = None
+) -> Tensor:
+    """``softmax(q k^T * scale + bias) v`` under the mask of ``layout``.
 
     Args:
         q: ``[B, H, N, hd]``.
@@ -53,32 +55,42 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, scale: float, bac
         layout: the mask.
         scale: multiplier of the logits.
         backend: the kernel.
+        bias: ``[B or 1, H, N, M]``, added to the logits; ``eager`` and ``sdpa`` only, and it is as large as the map.
+
+    Raises:
+        ConfigError: ``flex`` with a bias, or with a gradient on a device where it has none.
 
     Returns:
         ``[B, H, N, hd]`` in ``q.dtype``. A row with no allowed key is 0 and passes no gradient.
     """
     if backend is Backend.AUTO:
         packed_on_cuda = layout.documents is not None and q.is_cuda
-        backend = Backend.FLEX if layout.is_block_mask or packed_on_cuda else Backend.SDPA
-    out = _KERNELS[backend](q, k, v, layout, scale)
+        flex = layout.is_block_mask or (packed_on_cuda and bias is None)
+        backend = Backend.FLEX if flex else Backend.SDPA
+    out = _KERNELS[backend](q, k, v, layout, scale, bias)
     if layout.valid is not None:
         out = out.masked_fill(~layout.valid[:, None, :, None], 0.0)
     return out
 
 
-def _eager(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tensor:
+def _eager(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, bias: Tensor | None) -> Tensor:
     b, h, n, hd = q.shape
     groups = k.shape[1]
     q = q.reshape(b, groups, (h // groups) * n, hd)  # the rows of a group's heads, one after another: no repeated K/V
     logits = (q @ k.transpose(-1, -2) * scale).view(b, h, n, -1)
+    if bias is not None:
+        logits = logits + bias
     weights = logits.masked_fill(~layout.dense, float("-inf")).softmax(
         -1, dtype=torch.promote_types(q.dtype, torch.float32)
     )
     return (weights.to(q.dtype).view(b, groups, (h // groups) * n, -1) @ v).view(b, h, n, -1)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, bias: Tensor | None) -> Tensor:
     gqa = q.shape[1] != k.shape[1]
+    if bias is not None:
+        mask = bias.to(q.dtype).masked_fill(~layout.dense, float("-inf"))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=gqa)
     if layout.is_plain_causal:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
     if layout.documents is None:
@@ -101,7 +113,9 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tens
     return torch.cat(rows)
 
 
-def _flex(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tensor:
+def _flex(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, bias: Tensor | None) -> Tensor:
+    if bias is not None:
+        raise ConfigError("attention_backend='flex': takes no bias on the logits; use sdpa or eager")
     if not q.is_cuda and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise ConfigError(
             f"attention_backend='flex' on device '{q.device.type}': FlexAttention has no backward there; use sdpa or "

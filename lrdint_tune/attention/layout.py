@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -75,6 +75,18 @@ class DocumentMask:
 
 
 MaskType: TypeAlias = "Tensor | BlockMask | DocumentMask | None"
+
+
+class Documents(NamedTuple):
+    """The documents that the rows of a call belong to.
+
+    of_row: int64 ``[B or 1, N]``, each row's document. begin, end: int64 ``[B or 1, docs]``, the document's first key
+    and the key after its last.
+    """
+
+    of_row: Tensor
+    begin: Tensor
+    end: Tensor
 
 
 class Layout:
@@ -201,6 +213,27 @@ class Layout:
         if self.documents is not None:
             return self.documents.input_pos(self.device) == 0
         return (torch.arange(self.num_queries, device=self.device) == 0)[None]  # a cache's rows go through a dense mask
+
+    @cached_property
+    def documents_of_rows(self) -> Documents:
+        """Where each row's document lies among the keys."""
+        rows = torch.arange(self.num_queries, device=self.device)[None] + self.offset
+        if self.is_plain_causal:
+            limits = torch.tensor([[0], [self.num_keys]], device=self.device)
+            return Documents(torch.zeros_like(rows), limits[:1], limits[1:])
+        index = self.document_starts.cumsum(1)  # 0: a document that began before this call
+        if self._dense is not None:
+            first = self._dense.to(torch.uint8).argmax(-1)
+        else:  # it begins in this call: the last row that begins one
+            first = torch.where(self.document_starts, rows, 0).cummax(1).values
+        docs = int(index.max()) + 1
+        shape = (index.shape[0], docs)
+        hidden = ~self.counted
+        begin = torch.zeros(shape, dtype=torch.int64, device=self.device)
+        begin = begin.scatter_reduce(1, index, first.masked_fill(hidden, 0), "amax")
+        end = torch.zeros(shape, dtype=torch.int64, device=self.device)
+        end = end.scatter_reduce(1, index, (rows + 1).expand_as(index).masked_fill(hidden, 0), "amax")
+        return Documents(index, begin, end)
 
     def prefix_mean(self, dtype: torch.dtype) -> PrefixMean:
         """The prefix mean over the rows of each document, in float32 or float64; for calls without a cache."""

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from lrdint_tune.attention.cache import AttentionCache
-from lrdint_tune.attention.context import AttentionContext
+from lrdint_tune.attention.context import AttentionContext, Projections
 from lrdint_tune.attention.core import Backend
 from lrdint_tune.attention.layout import Layout, MaskType
 from lrdint_tune.attention.methods import AttentionMethod
+from lrdint_tune.attention.shape import AttentionShape
 from lrdint_tune.errors import ConfigError
 
 
@@ -74,14 +75,12 @@ class DifferentialSelfAttention(nn.Module):
         ``dtype``.
 
         Raises:
-            ConfigError: if the method lets future tokens reach the past; its decoding would be another function than
-                its training.
+            ConfigError: if the method's decoding would be another function than its training (it lets future tokens
+                reach the past, or depends on the final length).
             RuntimeError: if a cache exists already.
         """
-        if self.method.leaks_future:
-            raise ConfigError(
-                "integral='sequence': generation is refused, the model reads future tokens; train with integral=causal"
-            )
+        if self.method.cache_refusal is not None:
+            raise ConfigError(self.method.cache_refusal)
         if self.kv_cache is not None:
             raise RuntimeError("the KV cache exists already; call reset_cache() to empty it")
         self.kv_cache = AttentionCache(
@@ -136,11 +135,13 @@ class DifferentialSelfAttention(nn.Module):
             layout = Layout(mask, input_pos, num_queries=n, batch_size=b, offset=offset, device=x.device)
 
         ctx = AttentionContext(
-            x, layout=layout, rope=self.pos_embeddings, cache=cache, backend=self.backend, head_dim=self.head_dim
+            x,
+            shape=AttentionShape(self.embed_dim, self.num_heads, self.num_kv_heads, self.head_dim),
+            projections=Projections(self.q_proj, self.k_proj, self.v_proj, self.pos_embeddings),
+            layout=layout,
+            cache=cache,
+            backend=self.backend,
         )
-        ctx.q = ctx.queries(self.q_proj(x).view(b, n, self.num_heads, self.head_dim))
-        ctx.k = ctx.keys(self.k_proj(x).view(b, n, self.num_kv_heads, self.head_dim), "k")
-        ctx.v = ctx.values(self.v_proj(x).view(b, n, self.num_kv_heads, self.head_dim), "v")
         out = self.method(ctx).to(x.dtype)  # [B, H, N, hd]
         if cache is not None:
             cache.advance(n)

@@ -18,7 +18,7 @@ def _builder(name: str, title: str, **sizes: Any) -> Callable[..., LlamaDecoder]
     build.__doc__ = f"""{title}.
 
     Args:
-        method: ``none | diff | dint``.
+        method: the differential method; see :func:`~lrdint_tune.models.component.llama3_2`.
         options: the method's options (``rank`` ...), ``attention_backend``, or another value for one of the
             sizes, e.g. ``max_seq_len`` for a shorter RoPE cache.
 

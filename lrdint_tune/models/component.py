@@ -51,7 +51,8 @@ def llama3_2(
         scale_factor: of Llama 3.1's RoPE scaling; 1 for plain RoPE (Llama 2 and 3, SmolLM2).
         tie_word_embeddings: whether the output head is the embedding matrix.
         head_dim: ``hd``; None takes ``D // H``.
-        method: ``none | diff | dint``; ``none`` has torchtune's parameter names and nothing else.
+        method: ``none | diff | dint | daa | dex | diffq | diffk | diffv | difflora | lmam``; ``none`` has torchtune's
+            parameter names and nothing else.
         attention_backend: ``eager | sdpa | flex | auto``.
         method_options_given: options of the method, e.g. ``rank``; see its class in ``lrdint_tune.attention.methods``.
 
@@ -67,10 +68,9 @@ def llama3_2(
             raise ConfigError(f"embed_dim={embed_dim}: not divisible by num_heads={num_heads}; set head_dim")
         head_dim = embed_dim // num_heads
     rope = build_rope(head_dim, max_seq_len, rope_base, scale_factor)
-    shape = AttentionShape(embed_dim, num_heads, num_kv_heads, head_dim)
-
     layers = nn.ModuleList()
-    for _ in range(num_layers):
+    for i in range(num_layers):
+        shape = AttentionShape(embed_dim, num_heads, num_kv_heads, head_dim, layer_index=i)
         attention = DifferentialSelfAttention(
             embed_dim=embed_dim,
             num_heads=num_heads,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
@@ -87,6 +88,27 @@ class LlamaDecoder(TransformerDecoder):
         """Set the λ schedules to ``step`` optimizer steps done. Without effect for methods that have none."""
         for method in self.methods():
             method.advance_schedule(step)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether a method wants to see some batches (:meth:`calibrate`) before training."""
+        return any(method.needs_calibration for method in self.methods())
+
+    @torch.no_grad()
+    def calibrate(self, batches: Iterable[dict[str, Any]], *, reduce: Callable[[Tensor], Any] | None = None) -> None:
+        """Let the methods choose what depends on the data (``dex`` with ``heads: top_entropy``: its heads).
+
+        Args:
+            batches: keyword arguments of :meth:`forward`, one dict per batch.
+            reduce: adds a float32 tensor up over processes, in place; None for one process.
+        """
+        sums = [method.start_calibration() for method in self.methods()]
+        for batch in batches:
+            self(**batch)
+        for method, total in zip(self.methods(), sums, strict=True):
+            if reduce is not None:
+                reduce(total)
+            method.finish_calibration()
 
     def enable_diagnostics(self, enabled: bool = True) -> None:
         """Make the following forwards keep (or no longer keep) the scalars that :meth:`diagnostics` returns."""

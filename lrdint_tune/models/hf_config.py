@@ -139,8 +139,12 @@ def full_options(spec: ModelSpec) -> dict[str, Any]:
     """The method's options with every default written out, so that a saved model does not depend on later defaults."""
     options = {**method_options(spec.method), **spec.method_options}
     form = options.get("lam")
-    if form is not None and options["lam_init"] is None:
-        options["lam_init"] = LAMBDA_FORMS[form].default_init
+    if form is not None:
+        cls = LAMBDA_FORMS[form]
+        if options["lam_init"] is None:
+            options["lam_init"] = cls.default_init
+        if options["lam_sharing"] is None and cls.sharings:
+            options["lam_sharing"] = cls.sharings[0]
     if form == "annealed" and options["anneal_steps"] is None:
         options["anneal_steps"] = DEFAULT_ANNEAL_STEPS
     return options

@@ -2,11 +2,9 @@
 
 Two conventions differ. The names are mapped by the tables below. The order of the rotary dimensions differs too:
 torchtune (and Meta) rotate neighbouring pairs ``(2i, 2i + 1)`` of a head, Hugging Face rotates ``(i, i + hd / 2)``.
-Whatever ends in the rotary dimensions of a head (the rows of the query and key projections, and those of a method's
-second queries and keys) is therefore reordered, head by head; everything else is copied.
-
-A tensor that no table names is an error: a tensor that should have been reordered and was not would load without
-complaint and compute nonsense.
+Whatever is in the rotary dimensions of a head (the rows of the query and key projections, and what a method names in
+its ``rotary_dims``) is therefore reordered, head by head; everything else is copied. A method's tensors keep their
+names under ``self_attn.method``; a tensor of the pretrained model that no table names is an error.
 """
 
 from __future__ import annotations
@@ -15,6 +13,7 @@ import re
 
 from torch import Tensor
 
+from lrdint_tune.attention import METHODS
 from lrdint_tune.errors import ConfigError
 from lrdint_tune.models.spec import ModelSpec
 
@@ -34,27 +33,12 @@ _LAYER_NAMES = {
     "mlp.w2.weight": "mlp.down_proj.weight",
     "mlp.w3.weight": "mlp.up_proj.weight",
 }
-_METHOD_PREFIX = {"tune": "attn.method.", "hf": "self_attn.method."}
-_METHOD_TAILS = (
-    "q2.down.weight",
-    "q2.up",
-    "q2.weight",
-    "k2.down.weight",
-    "k2.up",
-    "k2.weight",
-    "lam.value",
-    "lam.step",
-)
-_LAYER_NAMES |= {_METHOD_PREFIX["tune"] + tail: _METHOD_PREFIX["hf"] + tail for tail in _METHOD_TAILS}
+_METHOD_PREFIX, _METHOD_PREFIX_HF = "attn.method.", "self_attn.method."
 
-# The dimension that holds the rotary dimensions of the heads, for the tensors that have one.
-_ROTARY_DIM = {
-    "attn.q_proj.weight": 0,  # [H * hd, D]
-    "attn.k_proj.weight": 0,  # [K * hd, D]
-    "attn.method.q2.up": 2,  # [H, r, hd]
-    "attn.method.k2.up": 2,  # [K, r, hd]
-    "attn.method.q2.weight": 0,  # [H * hd, D], rank: null
-    "attn.method.k2.weight": 0,  # [K * hd, D], rank: null
+# The dimension that holds the rotary dimensions of the heads, for the tensors that have one. A method names its own.
+_ROTARY_DIMS = {
+    "attn.q_proj.weight": (0,),  # [H * hd, D]
+    "attn.k_proj.weight": (0,),  # [K * hd, D]
 }
 
 _MODEL_NAMES_FROM_HF = {hf: tune for tune, hf in _MODEL_NAMES.items()}
@@ -72,6 +56,8 @@ def tune_to_hf(name: str, spec: ModelSpec) -> str:
     if name in _MODEL_NAMES:
         return _MODEL_NAMES[name]
     layer, tail = _split_layer(name, _TUNE_LAYER, spec)
+    if tail.startswith(_METHOD_PREFIX) and spec.method != "none":
+        return f"model.layers.{layer}.{_METHOD_PREFIX_HF}{tail.removeprefix(_METHOD_PREFIX)}"
     if tail not in _LAYER_NAMES:
         raise _unknown(name)
     return f"model.layers.{layer}.{_LAYER_NAMES[tail]}"
@@ -86,6 +72,8 @@ def hf_to_tune(name: str, spec: ModelSpec) -> str:
     if name in _MODEL_NAMES_FROM_HF:
         return _MODEL_NAMES_FROM_HF[name]
     layer, tail = _split_layer(name, _HF_LAYER, spec)
+    if tail.startswith(_METHOD_PREFIX_HF) and spec.method != "none":
+        return f"layers.{layer}.{_METHOD_PREFIX}{tail.removeprefix(_METHOD_PREFIX_HF)}"
     if tail not in _LAYER_NAMES_FROM_HF:
         raise _unknown(name)
     return f"layers.{layer}.{_LAYER_NAMES_FROM_HF[tail]}"
@@ -105,8 +93,7 @@ def to_hf(name: str, tensor: Tensor, spec: ModelSpec) -> tuple[str, Tensor]:
     Raises:
         ConfigError: the name belongs to no tensor of a model with this spec.
     """
-    dim = rotary_dim(name)
-    if dim is not None:
+    for dim in rotary_dims(name, spec):
         tensor = _interleaved_to_halves(tensor, dim, spec.head_dim)
     return tune_to_hf(name, spec), tensor
 
@@ -114,16 +101,19 @@ def to_hf(name: str, tensor: Tensor, spec: ModelSpec) -> tuple[str, Tensor]:
 def to_tune(name: str, tensor: Tensor, spec: ModelSpec) -> tuple[str, Tensor]:
     """State-dict name and element order for a tensor of a Hugging Face folder: the inverse of :func:`to_hf`."""
     tune_name = hf_to_tune(name, spec)
-    dim = rotary_dim(tune_name)
-    if dim is not None:
+    for dim in rotary_dims(tune_name, spec):
         tensor = _halves_to_interleaved(tensor, dim, spec.head_dim)
     return tune_name, tensor
 
 
-def rotary_dim(name: str) -> int | None:
-    """The dimension of the tensor with this state-dict name that is reordered, or None where nothing is."""
+def rotary_dims(name: str, spec: ModelSpec) -> tuple[int, ...]:
+    """The dimensions of the tensor with this state-dict name that are reordered."""
     match = _TUNE_LAYER.fullmatch(name)
-    return _ROTARY_DIM.get(match[2]) if match else None
+    if match is None:
+        return ()
+    if match[2].startswith(_METHOD_PREFIX):
+        return METHODS[spec.method].rotary_dims.get(match[2].removeprefix(_METHOD_PREFIX), ())
+    return _ROTARY_DIMS.get(match[2], ())
 
 
 def stays_float32(name: str) -> bool:

@@ -45,6 +45,7 @@ class TrainConfig:
     max_steps_per_epoch: int | None = None
     lr_scheduler: Section | None = None
     lam_lr: float | None = None
+    calibration_batches: int | None = None
     clip_grad_norm: float | None = None
     # Machine
     device: str = "auto"
@@ -79,6 +80,7 @@ class TrainConfig:
             "run_val_every_n_steps",
             "log_every_n_steps",
             "data_parallel_replicate_dim",
+            "calibration_batches",
         ):
             value = getattr(self, key)
             if value is not None and value < 1:

@@ -36,6 +36,8 @@ from lrdint_tune.training.world import World
 
 log = logging.getLogger(__name__)
 
+CALIBRATION_BATCHES = 8
+
 
 class NonFiniteLossError(RuntimeError):
     """The loss or the gradient became NaN or infinite; the message names the step and the rows of the batch."""
@@ -93,6 +95,10 @@ class Trainer:
                 model.state_dict(), self.spec, output_dirs=(self.output_dir / "adapter", self.output_dir / "hf")
             )
 
+        if cfg.calibration_batches is not None and not model.needs_calibration:
+            log.warning(
+                "calibration_batches=%s has no effect: only heads=top_entropy calibrates", cfg.calibration_batches
+            )
         if not all(method.starts_as_identity for method in model.methods()) and world.is_main:
             log.warning("λ is not 0 at the start: the model begins as another function than the pretrained one")
         self.recorder = build("metric_logger", cfg.metric_logger or self._default_logger())
@@ -122,6 +128,8 @@ class Trainer:
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         if resume_from is not None and saved is not None:
             self._resume(resume_from, saved)
+        elif self.model.needs_calibration:
+            self._calibrate()
         self.checkpoints.dry_run(self.model, self.optimizer, self.train_state())
 
     # ------------------------------------------------------------------ building
@@ -149,6 +157,15 @@ class Trainer:
             yield name, tensor
             if self.cfg.untie_lm_head and name == "tok_embeddings.weight":
                 yield "output.weight", tensor
+
+    def _calibrate(self) -> None:
+        """Show the methods the first training batches; training starts with the same ones again."""
+        count = min(self.cfg.calibration_batches or CALIBRATION_BATCHES, self.steps_per_epoch * self.accumulation)
+        self.loader.start_epoch(0)
+        batches = [self._inputs(self.loader, self.loader.next_batch()) for _ in range(count)]
+        self.model.calibrate(batches, reduce=dist.all_reduce)
+        if self.world.is_main:
+            log.info("calibrated on %d batches a process", count)
 
     def _default_logger(self) -> dict[str, str]:
         return {
@@ -318,10 +335,14 @@ class Trainer:
 
     def _loss(self, loader: BatchLoader, batch: Batch) -> Tensor:
         """Sum of the token losses of a micro-batch."""
+        return self.model(**self._inputs(loader, batch))
+
+    def _inputs(self, loader: BatchLoader, batch: Batch) -> dict[str, Any]:
+        """The model's arguments for a micro-batch."""
         # Unpacked rows need no mask: nothing before the padding on their right can see it.
         mask = DocumentMask(batch.lengths) if loader.packed else None
         tokens, labels, input_pos = (t.to(self.world.device) for t in (batch.tokens, batch.labels, batch.input_pos))
-        return self.model(tokens, mask=mask, input_pos=input_pos, labels=labels)
+        return {"tokens": tokens, "mask": mask, "input_pos": input_pos, "labels": labels}
 
     @torch.no_grad()
     def validate(self) -> float:

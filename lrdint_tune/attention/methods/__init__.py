@@ -6,13 +6,23 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from lrdint_tune.attention.methods.base import AttentionMethod, AttentionShape
+from lrdint_tune.attention.methods.base import AttentionMethod
+from lrdint_tune.attention.methods.daa import Daa
+from lrdint_tune.attention.methods.dex import Dex
 from lrdint_tune.attention.methods.diff import Diff
+from lrdint_tune.attention.methods.diffk import DiffK
+from lrdint_tune.attention.methods.difflora import DiffLora
+from lrdint_tune.attention.methods.diffq import DiffQ
+from lrdint_tune.attention.methods.diffv import DiffV
 from lrdint_tune.attention.methods.dint import Dint
+from lrdint_tune.attention.methods.lmam import Lmam
 from lrdint_tune.attention.methods.none import NoMethod
+from lrdint_tune.attention.shape import AttentionShape
 from lrdint_tune.errors import ConfigError
 
-METHODS: dict[str, Any] = {cls.name: cls for cls in (NoMethod, Diff, Dint)}
+METHODS: dict[str, type[AttentionMethod]] = {
+    cls.name: cls for cls in (NoMethod, Diff, Dint, Daa, Dex, DiffQ, DiffK, DiffV, DiffLora, Lmam)
+}
 
 
 def method_options(method: str) -> dict[str, Any]:
@@ -28,7 +38,9 @@ def method_options(method: str) -> dict[str, Any]:
         if "__init__" not in vars(cls) or cls is AttentionMethod:
             continue
         parameters = inspect.signature(vars(cls)["__init__"]).parameters.values()
-        options.update({p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY})
+        for p in parameters:
+            if p.kind is p.KEYWORD_ONLY:
+                options.setdefault(p.name, p.default)  # a subclass may have another default
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break
     return options
@@ -46,7 +58,8 @@ def build_method(method: str, shape: AttentionShape, **options: Any) -> Attentio
             raise ConfigError(
                 f"{name}={value!r}: method {method!r} has no such option; it has {', '.join(valid) or 'none'}"
             )
-    return METHODS[method](shape, **options)
+    build: Any = METHODS[method]
+    return build(shape, **options)
 
 
-__all__ = ["METHODS", "AttentionMethod", "AttentionShape", "build_method", "method_options"]
+__all__ = ["METHODS", "AttentionMethod", "build_method", "method_options"]

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from functools import cache
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lrdint_tune.attention.context import AttentionContext
-from lrdint_tune.attention.lambdas import LambdaForm
+from lrdint_tune.attention.lambdas import LambdaForm, build_lambda
+from lrdint_tune.attention.shape import AttentionShape
 from lrdint_tune.errors import ConfigError
 
+log = logging.getLogger(__name__)
 
-@dataclass(frozen=True)
-class AttentionShape:
-    """The sizes of one attention layer: ``D``, ``H``, ``K``, ``hd``."""
-
-    embed_dim: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
+COMBINATIONS = ("subtract", "add")
 
 
 class AttentionMethod(nn.Module, ABC):
@@ -31,16 +28,20 @@ class AttentionMethod(nn.Module, ABC):
     Attributes:
         name: the registry's and the config's name.
         cached_streams: names of tensors that cached decoding must keep beside ``k`` and ``v``.
-        num_maps: how many softmax maps one forward computes.
+        num_maps: how many softmax maps one forward computes, a map of fewer query heads as that fraction.
+        rotary_dims: the dimensions of the method's tensors, by their names in it, that are in RoPE order: whoever
+            converts weights between Meta and Hugging Face order must reorder them.
         leaks_future: True for a variant that lets future tokens reach the past; generation and export refuse it.
+        cache_refusal: None, or why there can be no KV cache.
         diagnostics: None, or, when enabled, scalars of the last forward.
     """
 
     name: ClassVar[str]
-    cached_streams: ClassVar[tuple[str, ...]] = ()
-    num_maps: ClassVar[int] = 1
+    cached_streams: tuple[str, ...] = ()
+    num_maps: float = 1
+    rotary_dims: ClassVar[Mapping[str, tuple[int, ...]]] = {}
     leaks_future: bool = False
-    lam: LambdaForm
+    cache_refusal: str | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,32 +67,109 @@ class AttentionMethod(nn.Module, ABC):
         """Whether the first forward is the pretrained model's."""
         return all(child.starts_at_zero for child in self.children() if isinstance(child, LambdaForm))
 
-    def observe(self, o1: Tensor, o2: Tensor) -> None:
-        """Keep λ (mean, min, max over heads) and ``||O2|| / ||O1||`` of this forward, if diagnostics are enabled."""
+    # A method whose start depends on the data (which heads to act on) looks at some batches first.
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether :meth:`start_calibration`, forwards and :meth:`finish_calibration` should come before training."""
+        return False
+
+    def start_calibration(self) -> Tensor:
+        """Make the following forwards collect statistics; returns the tensor in which they are summed, which the
+        caller may add up over processes."""
+        raise NotImplementedError(f"method {self.name!r} needs no calibration")
+
+    def finish_calibration(self) -> None:
+        """Act on what was collected."""
+        raise NotImplementedError(f"method {self.name!r} needs no calibration")
+
+    def observe(self, signal: Tensor, noise: Tensor, lam: Tensor | None = None) -> None:
+        """Keep ``||O2|| / ||O1||`` and λ (mean, min, max over heads) of this forward, if diagnostics are enabled."""
         if self.diagnostics is None:
             return
         with torch.no_grad():
-            lam = self.lam.last
-            self.diagnostics = {
-                "lambda_mean": lam.mean(),
-                "lambda_min": lam.min(),
-                "lambda_max": lam.max(),
-                "o2_o1_ratio": o2.float().norm() / o1.float().norm(),
-            }
+            self.diagnostics = {"o2_o1_ratio": noise.float().norm() / signal.float().norm()}
+            if lam is not None:
+                lam = lam.float()
+                self.diagnostics |= {"lambda_mean": lam.mean(), "lambda_min": lam.min(), "lambda_max": lam.max()}
 
 
-def scale_multiplier(option: str | float, head_dim: int) -> float:
-    """The multiplier of ``q2 k2^T``, that is ``1/sqrt(d2)`` (methods.md 1.3).
+class DifferentialMethod(AttentionMethod):
+    """Base of the methods that subtract λ times something.
 
-    ``seed``: ``d2 = hd/81`` as printed in seed 001; ``variance``: ``d2 = hd/9``, which the seed's own argument gives
-    with ``nn.Linear``'s initialisation; ``standard``: ``d2 = hd``; a positive number is the multiplier itself.
+    Args:
+        shape: the layer's sizes.
+        lam, lam_init, lam_sharing, anneal_steps: the λ form, see :func:`~lrdint_tune.attention.lambdas.build_lambda`.
+        combine: ``subtract``, or ``add`` for the control that adds the same new term instead.
+        lam_heads: how many heads a λ per head is for; None takes ``H``. Not an option.
 
     Raises:
-        ConfigError: for anything else.
+        ConfigError: for a bad option value.
     """
-    divisors = {"seed": 81.0, "variance": 9.0, "standard": 1.0}
-    if isinstance(option, str) and option in divisors:
-        return (divisors[option] / head_dim) ** 0.5
-    if isinstance(option, (int, float)) and not isinstance(option, bool) and 0 < option < math.inf:
-        return float(option)
-    raise ConfigError(f"secondary_scale={option!r}: choose seed, variance, standard or a positive number")
+
+    def __init__(
+        self,
+        shape: AttentionShape,
+        lam_heads: int | None = None,
+        *,
+        lam: str = "learned",
+        lam_init: float | None = None,
+        lam_sharing: str | None = None,
+        anneal_steps: int | None = None,
+        combine: str = "subtract",
+    ) -> None:
+        super().__init__()
+        self.sign = -1 if choice("combine", combine, COMBINATIONS) == "subtract" else 1
+        self.lam = build_lambda(
+            lam,
+            shape,
+            num_heads=lam_heads or shape.num_heads,
+            lam_init=lam_init,
+            lam_sharing=lam_sharing,
+            anneal_steps=anneal_steps,
+        )
+
+    def difference(self, o1: Tensor, o2: Tensor, lam: Tensor) -> Tensor:
+        """``O1 - λ O2`` (``combine: add``: ``O1 + λ O2``)."""
+        self.observe(o1, o2, self.lam.last)
+        return torch.addcmul(o1, lam, o2, value=self.sign)
+
+
+@cache
+def warn_once(message: str) -> None:
+    """Every layer would say it."""
+    log.warning(message)
+
+
+def identity_matrices(parameter: Tensor) -> None:
+    """Fill ``[..., d, d]`` with identity matrices, in place."""
+    with torch.no_grad():
+        parameter.copy_(torch.eye(parameter.shape[-1], dtype=parameter.dtype, device=parameter.device))
+
+
+def choice(option: str, value: str, valid: tuple[str, ...]) -> str:
+    """``value``, if it is one of ``valid``. Raises ConfigError otherwise."""
+    if value not in valid:
+        raise ConfigError(f"{option}={value!r}: unknown; choose one of {', '.join(valid)}")
+    return value
+
+
+def flag(option: str, value: bool) -> bool:
+    """``value``, if it is a bool. Raises ConfigError otherwise."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{option}={value!r}: must be true or false")
+    return value
+
+
+def positive_int(option: str, value: int, hint: str = "") -> int:
+    """``value``, if it is a whole number of at least 1. Raises ConfigError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{option}={value!r}: must be an integer of at least 1{hint}")
+    return value
+
+
+def positive_number(option: str, value: float) -> float:
+    """``value``, if it is finite and positive. Raises ConfigError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ConfigError(f"{option}={value!r}: must be a positive number")
+    return float(value)

@@ -7,8 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from lrdint_tune.attention.context import AttentionContext
-from lrdint_tune.attention.methods.base import AttentionShape
+from lrdint_tune.attention.methods.base import choice, flag
 from lrdint_tune.attention.methods.diff import Diff
+from lrdint_tune.attention.shape import AttentionShape
 from lrdint_tune.errors import ConfigError
 
 INTEGRALS = ("causal", "sequence")
@@ -26,7 +27,8 @@ class Dint(Diff):
         shape: the layer's sizes.
         integral: ``causal | sequence``.
         allow_future_leak: must be True for ``integral: sequence``.
-        options: those of :class:`~lrdint_tune.attention.methods.diff.Diff`.
+        options: those of :class:`~lrdint_tune.attention.methods.diff.Diff`. ``combine: add`` changes the sign of ``λ
+            A2`` alone.
 
     Raises:
         ConfigError: for a bad option value, or ``integral: sequence`` without ``allow_future_leak: true``.
@@ -37,25 +39,27 @@ class Dint(Diff):
     def __init__(
         self, shape: AttentionShape, *, integral: str = "causal", allow_future_leak: bool = False, **options: Any
     ) -> None:
-        if integral not in INTEGRALS:
-            raise ConfigError(f"integral={integral!r}: unknown; choose one of {', '.join(INTEGRALS)}")
-        leaks = integral == "sequence"
-        if not isinstance(allow_future_leak, bool):
-            raise ConfigError(f"allow_future_leak={allow_future_leak!r}: must be true or false")
+        leaks = choice("integral", integral, INTEGRALS) == "sequence"
+        if flag("allow_future_leak", allow_future_leak) and not leaks:
+            raise ConfigError("allow_future_leak=True: has no effect with integral='causal'; remove it")
         if leaks and not allow_future_leak:
             raise ConfigError(
                 "integral='sequence': averages over future rows, so future tokens reach the past and the loss is not a "
                 "language-model loss; use integral=causal, or set allow_future_leak=true to measure the leak"
             )
-        if allow_future_leak and not leaks:
-            raise ConfigError("allow_future_leak=True: has no effect with integral='causal'; remove it")
         super().__init__(shape, **options)
         self.leaks_future = leaks
+        if leaks:
+            self.cache_refusal = (
+                "integral='sequence': generation is refused, the model reads future tokens; train with integral=causal"
+            )
 
     def forward(self, ctx: AttentionContext) -> Tensor:
-        o1, o2 = self.signal_and_noise(ctx)
+        o1, o2 = ctx.attend(ctx.q, ctx.k, ctx.v), self.noise(ctx)
         lam = self.lam(ctx.x)
-        self.observe(o1, o2)
+        self.observe(o1, o2, self.lam.last)
+        if self.sign > 0:
+            o2 = -o2
         if self.leaks_future:
-            return o1 + lam * (ctx.document_mean(o1) - o2)
-        return ctx.integral(o1, o2, lam)
+            return self.normalise(o1 + lam * (ctx.document_mean(o1) - o2))
+        return self.normalise(ctx.integral(o1, o2, lam))

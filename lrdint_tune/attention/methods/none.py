@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from lrdint_tune.attention.context import AttentionContext
-from lrdint_tune.attention.methods.base import AttentionMethod, AttentionShape
+from lrdint_tune.attention.methods.base import AttentionMethod
+from lrdint_tune.attention.shape import AttentionShape
 
 
 class NoMethod(AttentionMethod):

@@ -1,7 +1,7 @@
 """From text to batches: tokenised datasets, packing, and a loader that resumes exactly."""
 
 from lrdint_tune.models.loss import IGNORE_INDEX
-from lrdint_tune.training.data.datasets import TokenisedDataset, sft_dataset, text_dataset
+from lrdint_tune.training.data.datasets import TokenisedDataset, chat_dataset, sft_dataset, text_dataset
 from lrdint_tune.training.data.loader import Batch, BatchLoader
 from lrdint_tune.training.data.packing import PackPlan, pack_plan
 from lrdint_tune.training.data.ranks import main_process_first
@@ -12,6 +12,7 @@ __all__ = [
     "BatchLoader",
     "PackPlan",
     "TokenisedDataset",
+    "chat_dataset",
     "main_process_first",
     "pack_plan",
     "sft_dataset",

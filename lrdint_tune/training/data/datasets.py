@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lrdint_tune.errors import ConfigError
 from lrdint_tune.models.loss import IGNORE_INDEX
-from lrdint_tune.training.data.encode import Document, Encoder, PromptResponse, Tokenizer, tokenise
+from lrdint_tune.training.data.encode import Conversation, Document, Encoder, PromptResponse, Tokenizer, tokenise
 from lrdint_tune.training.data.ranks import is_main_process
 from lrdint_tune.training.data.sources import load_rows
 
@@ -219,6 +219,55 @@ def sft_dataset(
         max_seq_len=max_seq_len,
         long_rows=long_rows,
         where=where,
+    )
+
+
+def chat_dataset(
+    tokenizer: Tokenizer,
+    *,
+    source: str,
+    max_seq_len: int,
+    conversation_column: str = "messages",
+    turn_template: str = "<|{role}|>\n{content}\n",
+    data_files: Any = None,
+    name: str | None = None,
+    split: str = "train",
+    add_bos: bool | None = None,
+    add_eos: bool = True,
+    long_rows: LongRows = "error",
+    num_rows: int | None = None,
+    num_proc: int | None = None,
+    cache_dir: str | None = None,
+) -> TokenisedDataset:
+    """Supervised fine-tuning on conversations: of each, the last turn of the assistant (and EOS) is trained.
+
+    Args:
+        conversation_column: column of lists of ``{role, content}``.
+        turn_template: text around each turn, with ``{role}`` before ``{content}``; the default is Tulu's.
+
+    The other arguments are those of ``sft_dataset``.
+
+    Raises:
+        ConfigError: see ``load_rows``, ``encode`` and ``TokenisedDataset``; a row without a turn of the assistant.
+    """
+    role, content = turn_template.find("{role}"), turn_template.find("{content}")
+    if not 0 <= role < content:
+        raise ConfigError(f"dataset.turn_template={turn_template!r}: must contain {{role}} and then {{content}}")
+    _check(max_seq_len, long_rows, ("error", "truncate"))
+    rows = load_rows(
+        source,
+        columns=(conversation_column,),
+        as_json=True,
+        data_files=data_files,
+        name=name,
+        split=split,
+        num_rows=num_rows,
+        cache_dir=cache_dir,
+    )
+    where = _describe(source, data_files, split)
+    function = Conversation(Encoder(tokenizer, add_bos, add_eos), conversation_column, turn_template, where)
+    return TokenisedDataset(
+        tokenise(rows, function, num_proc), max_seq_len=max_seq_len, long_rows=long_rows, where=where
     )
 
 

@@ -114,6 +114,49 @@ class PromptResponse:
         return _columns(rows)
 
 
+class Conversation:
+    """Tokenises conversations, rows of ``[{role, content}, ...]``: everything before the last assistant turn is the
+    prompt, that turn the response; what follows it is dropped.
+
+    Each turn is ``turn_template`` with its ``{role}`` and ``{content}``; the response is that of an assistant's turn
+    from ``{content}`` on.
+    """
+
+    def __init__(self, encoder: Encoder, column: str, turn_template: str, where: str) -> None:
+        self.encoder, self.column, self.turn_template, self.where = encoder, column, turn_template, where
+
+    def options(self) -> dict[str, Any]:
+        return {"column": self.column, "turn_template": self.turn_template}
+
+    def __call__(self, batch: Mapping[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        rows = []
+        for row, turns in zip(indices, batch[self.column], strict=True):
+            where = f"row {row} of {self.where}"
+            prompt, response = self._split(turns, where)
+            head = self.encoder.prefix + self.encoder.piece(prompt)
+            rows.append((head + self.encoder.piece(response) + self.encoder.suffix, max(len(head) - 1, 0)))
+        return _columns(rows)
+
+    def _split(self, turns: Any, where: str) -> tuple[str, str]:
+        turns = json.loads(turns) if isinstance(turns, str) else turns
+        if not isinstance(turns, list) or not all(
+            isinstance(t, dict) and {"role", "content"} <= t.keys() for t in turns
+        ):
+            raise ConfigError(
+                f"{where}: column {self.column!r} is no list of {{role, content}}; correct or drop the row"
+            )
+        last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=None)
+        if last is None:
+            raise ConfigError(f"{where}: column {self.column!r} has no turn of the assistant; correct or drop the row")
+        texts = []
+        for turn in turns[: last + 1]:
+            content = check_text(turn["content"], self.column, where)
+            before, _, after = self.turn_template.partition("{content}")
+            texts.append((before.replace("{role}", str(turn["role"])), content + after))
+        prompt = "".join(before + rest for before, rest in texts[:-1]) + texts[-1][0]
+        return prompt, texts[-1][1]
+
+
 class Document:
     """Tokenises rows of plain text: ``[BOS] text [EOS]``, every token but the first is trained."""
 
@@ -132,7 +175,7 @@ class Document:
 
 
 def tokenise(
-    rows: datasets.Dataset, function: PromptResponse | Document, num_proc: int | None = None
+    rows: datasets.Dataset, function: PromptResponse | Conversation | Document, num_proc: int | None = None
 ) -> datasets.Dataset:
     """Tokenise every row into the columns of ``TOKEN_FEATURES``, in Arrow files that are reused by later runs.
 
@@ -156,7 +199,7 @@ def tokenise(
     )
 
 
-def _cache_key(rows: datasets.Dataset, function: PromptResponse | Document) -> str:
+def _cache_key(rows: datasets.Dataset, function: PromptResponse | Conversation | Document) -> str:
     encoder, count = function.encoder, min(_PROBE_ROWS, len(rows))
     probe = function(rows[:count], list(range(count)))
     key = {

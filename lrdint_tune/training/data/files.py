@@ -56,11 +56,11 @@ def content_digest(paths: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def read_json(paths: Sequence[str], columns: Sequence[str], **_: Any) -> Iterator[Row]:
+def read_json(paths: Sequence[str], columns: Sequence[str], as_json: bool = False, **_: Any) -> Iterator[Row]:
     """Yield the text ``columns`` of every row of JSON files: one object per line, or one array of objects.
 
-    Files may be gzip-compressed (``.gz``). Other columns are ignored and may differ between rows. Keyword arguments
-    beyond these belong to the cache key only.
+    With ``as_json`` a column may hold anything, and its JSON is the text. Files may be gzip-compressed (``.gz``). Other
+    columns are ignored and may differ between rows. Keyword arguments beyond these belong to the cache key only.
 
     Raises:
         ConfigError: unreadable file or invalid JSON (file and line), no rows at all, a row without a needed
@@ -70,7 +70,7 @@ def read_json(paths: Sequence[str], columns: Sequence[str], **_: Any) -> Iterato
     for path in paths:
         for line, record in _json_records(path):
             where = f"row {number} ({line}{path!r})"
-            yield _text_columns(record, columns, where)
+            yield _text_columns(record, columns, where, as_json)
             number += 1
     if not number:
         raise _no_rows(paths)
@@ -108,14 +108,14 @@ def _parse(content: bytes, path: str, first_line: int) -> Any:
     )
 
 
-def _text_columns(record: Any, columns: Sequence[str], where: str) -> Row:
+def _text_columns(record: Any, columns: Sequence[str], where: str, as_json: bool) -> Row:
     if not isinstance(record, dict):
         raise ConfigError(f"{where}: holds a {type(record).__name__}; expected an object with {_names(columns)}")
     row = {}
     for column in columns:
         if column not in record:
             raise ConfigError(f"{where}: no column {column!r}; it has {_names(record)}; correct the row or the config")
-        row[column] = check_text(record[column], column, where)
+        row[column] = json.dumps(record[column]) if as_json else check_text(record[column], column, where)
     return row
 
 

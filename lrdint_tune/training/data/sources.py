@@ -29,6 +29,7 @@ def load_rows(
     separator: str | None = None,
     num_rows: int | None = None,
     cache_dir: str | None = None,
+    as_json: bool = False,
 ) -> datasets.Dataset:
     """Load the rows of one split; the result has (at least) ``columns``.
 
@@ -42,6 +43,7 @@ def load_rows(
         split: split with an optional slice, such as ``train[:95%]``. Local files have the one split ``train``.
         separator: regular expression between the documents of a text file (``source: text``).
         num_rows: use the first ``num_rows`` rows only.
+        as_json: columns of local JSON files may hold anything, and come as JSON text.
         cache_dir: where to keep the rows and later the tokens; None: the Hugging Face default (``HF_DATASETS_CACHE``).
 
     Raises:
@@ -54,7 +56,7 @@ def load_rows(
     if source in ("json", "text"):
         if name is not None and is_main_process():
             log.warning("dataset.name=%r has no effect on local files (dataset.source=%s)", name, source)
-        rows = _local(source, resolve_files(data_files, source), columns, separator, cache_dir)
+        rows = _local(source, resolve_files(data_files, source), columns, separator, cache_dir, as_json)
         rows = _slice(rows, split)
     else:
         rows = _load(source, name=name, data_files=_plain(data_files), split=split, cache_dir=cache_dir)
@@ -72,12 +74,17 @@ def load_rows(
 
 
 def _local(
-    source: str, paths: list[str], columns: Sequence[str], separator: str | None, cache_dir: str | None
+    source: str,
+    paths: list[str],
+    columns: Sequence[str],
+    separator: str | None,
+    cache_dir: str | None,
+    as_json: bool,
 ) -> datasets.Dataset:
     # Not load_dataset("json"): it guesses types per block (dates, nulls for missing keys) and cannot say which line
     # is wrong. Tuples, because lists among the arguments of a generator mean shards.
     reader: Callable[..., Iterator[dict[str, str]]] = read_json
-    options: dict[str, Any] = {"columns": tuple(columns)}
+    options: dict[str, Any] = {"columns": tuple(columns), "as_json": as_json}
     if source == "text":
         reader, options = read_text, {"separator": _checked_separator(separator), "column": columns[0]}
     try:

@@ -4,11 +4,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from lrdint_tune.attention import build_lambda
+from lrdint_tune.attention import AttentionShape
+from lrdint_tune.attention.lambdas import LambdaForm, build_lambda
 from lrdint_tune.errors import ConfigError
 from tests.common.models import tiny_model
 
 HEADS, STEPS = 4, 10
+
+
+def form(name: str, lam_init: float | None = None, sharing: str | None = None, **options: int) -> LambdaForm:
+    options.setdefault("anneal_steps", None)
+    shape = AttentionShape(embed_dim=24, num_heads=HEADS, num_kv_heads=2, head_dim=8, layer_index=2)
+    return build_lambda(name, shape, num_heads=HEADS, lam_init=lam_init, lam_sharing=sharing, **options)
 
 
 def effective(module: torch.nn.Module) -> Tensor:
@@ -20,7 +27,7 @@ def effective(module: torch.nn.Module) -> Tensor:
 
 
 def annealed(p: float, lam_init: float | None = None) -> torch.nn.Module:
-    module = build_lambda("annealed", HEADS, lam_init=lam_init, lam_sharing="head", anneal_steps=STEPS)
+    module = form("annealed", lam_init, anneal_steps=STEPS)
     with torch.no_grad():
         module.value.fill_(p)
     return module
@@ -51,7 +58,7 @@ def test_annealed_values(step: int, want: float) -> None:
 
 
 def test_annealed_starts_at_zero_and_takes_lam_init() -> None:
-    module = build_lambda("annealed", HEADS, lam_init=0.4, lam_sharing="head", anneal_steps=STEPS)
+    module = form("annealed", 0.4, anneal_steps=STEPS)
     assert (module.value == 0).all() and (effective(module) == 0).all()
     module.step.fill_(STEPS / 2)
     torch.testing.assert_close(effective(module), torch.full((HEADS,), 0.25 * 0.4))
@@ -86,7 +93,7 @@ def test_a_schedule_is_advanced_without_a_copy_elsewhere() -> None:
 
 @pytest.mark.parametrize("sharing", ["head", "layer"])
 def test_learned(sharing: str) -> None:
-    module = build_lambda("learned", HEADS, lam_init=None, lam_sharing=sharing, anneal_steps=None)
+    module = form("learned", sharing=sharing)
     assert module.value.shape == ((HEADS,) if sharing == "head" else (1,))
     assert module.value.dtype == torch.float32
     assert (module.value == 0).all()
@@ -94,12 +101,12 @@ def test_learned(sharing: str) -> None:
     with torch.no_grad():
         module.value.copy_(values)
     assert torch.equal(effective(module), values.expand(HEADS))
-    started = build_lambda("learned", HEADS, lam_init=0.3, lam_sharing=sharing, anneal_steps=None)
+    started = form("learned", 0.3, sharing)
     torch.testing.assert_close(effective(started), torch.full((HEADS,), 0.3))
 
 
 def test_fixed_has_no_parameter() -> None:
-    module = build_lambda("fixed", HEADS, lam_init=None, lam_sharing="head", anneal_steps=None)
+    module = form("fixed")
     assert not list(module.parameters())
     assert not module.state_dict()
     torch.testing.assert_close(effective(module), torch.full((HEADS,), 0.1))

@@ -105,7 +105,7 @@ def test_second_queries_and_keys_meet_the_other_rope_unchanged(rank: int | None)
 )
 def test_a_tensor_without_a_name_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="no such tensor"):
-        tune_to_hf(name, random_model().spec)
+        tune_to_hf(name, random_model("none").spec)
 
 
 # ---------------------------------------------------------------------------------------------- reading folders
@@ -212,9 +212,7 @@ def test_wrong_tensors_are_named_before_any_is_read(tmp_path: Path, case: str) -
 def test_part_of_a_method_is_refused(tmp_path: Path) -> None:
     stock_folder(tmp_path)
     _rewrite(tmp_path, lambda t: {**t, "model.layers.0.self_attn.method.lam.value": torch.ones(4)})
-    _refused(
-        lambda: iter_hf_folder(tmp_path, random_model("dint").spec), "no tensor 'model.layers.0.self_attn.method.q2"
-    )
+    _refused(lambda: iter_hf_folder(tmp_path, random_model("dint").spec), "self_attn.method.")
 
 
 def test_untied_model_needs_a_head(tmp_path: Path) -> None:

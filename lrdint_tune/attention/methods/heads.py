@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from lrdint_tune.attention.methods.base import choice, positive_int
 from lrdint_tune.errors import ConfigError
 
 FACTORS = ("per_head", "shared")
@@ -32,10 +33,8 @@ class LowRankHeads(nn.Module):
 
     def __init__(self, embed_dim: int, num_heads: int, head_dim: int, *, rank: int, factors: str) -> None:
         super().__init__()
-        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-            raise ConfigError(f"rank={rank!r}: must be an integer of at least 1, or null for full rank")
-        if factors not in FACTORS:
-            raise ConfigError(f"factors={factors!r}: unknown; choose one of {', '.join(FACTORS)}")
+        positive_int("rank", rank, ", or null for full rank")
+        choice("factors", factors, FACTORS)
         self.num_heads = num_heads
         self.rank = rank
         self.per_head = factors == "per_head"

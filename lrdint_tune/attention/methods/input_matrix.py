@@ -1,0 +1,36 @@
+"""A matrix on the layer's input before one of the projections: what DiffQ, DiffK and DiffV share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrdint_tune.attention.context import AttentionContext
+from lrdint_tune.attention.methods.base import DifferentialMethod, identity_matrices
+from lrdint_tune.attention.shape import AttentionShape
+
+
+class InputMatrix(DifferentialMethod):
+    """``x W_D`` with ``W_D`` ``[D, D]``, identity at the start.
+
+    Args:
+        shape: the layer's sizes.
+        options: those of :class:`~lrdint_tune.attention.methods.base.DifferentialMethod`.
+    """
+
+    def __init__(
+        self, shape: AttentionShape, lam_heads: int | None = None, *, lam: str = "annealed", **options: Any
+    ) -> None:
+        super().__init__(shape, lam_heads, lam=lam, **options)
+        self.w_d = nn.Parameter(torch.empty(shape.embed_dim, shape.embed_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        identity_matrices(self.w_d)
+
+    def transformed(self, ctx: AttentionContext) -> Tensor:
+        """``x W_D``, ``[B, N, D]``."""
+        return ctx.x @ self.w_d

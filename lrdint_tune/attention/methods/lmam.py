@@ -1,0 +1,131 @@
+"""LMAM: add a low-rank attention map that no token changes (seed 004 eq. 6-13)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from lrdint_tune.attention.context import AttentionContext
+from lrdint_tune.attention.methods.base import (
+    AttentionMethod,
+    choice,
+    flag,
+    positive_int,
+    positive_number,
+    warn_once,
+)
+from lrdint_tune.attention.shape import AttentionShape
+from lrdint_tune.attention.static_map import ALIGNMENTS
+from lrdint_tune.errors import ConfigError
+
+POSITIONS = ("pe", "none")
+INERT_SCALE = 1e-5
+
+
+class Lmam(AttentionMethod):
+    """``out = O1 + tril(S) v`` on ``n`` positions of each document, ``S = s (W_a + PE)(W_b + PE)``.
+
+    ``W_a`` ``[H_s, n, r]``, ``W_b`` ``[H_s, r, n]``; query head ``j`` uses map ``j mod H_s``. ``PE_pos = 1 /
+    10000^(2 pos / n)`` is added along the ``n`` axis of each factor. The seed gives no initialisation: ``W_a`` as
+    ``nn.Linear``, ``W_b = -PE``, so that ``S`` is 0 at the start (``W_a`` then has a gradient from the second step on).
+
+    Args:
+        shape: the layer's sizes.
+        heads: ``H_s``, a divisor of ``H``; None takes ``H``.
+        n: positions.
+        rank: ``r``.
+        scale: ``s``. Seed 004 prints 1/255 (RoBERTa) to 1/(4096·600) (LLaMA), at which the map hardly moves.
+        alignment: ``start``, the first ``n`` positions of each document; or ``end``, its last ``n`` (the seed's
+            long-sequence form), which depends on the final length: no KV cache.
+        position: ``pe``, or ``none`` for the seed's ¬P.
+        inside_softmax: the seed's ¬N, ``softmax(q k^T / sqrt(hd) + S) v``: no negative weights. It needs the dense map.
+        softmax_map: the seed's ¬S, ``O1 + softmax(S) v`` with the softmax over the positions up to each row's own. Not
+            the identity at the start.
+        full_rank: the seed's ¬L, ``S = s W`` with ``W`` ``[H_s, n, n]``, zero at the start; there are no factors for a
+            PE.
+
+    Raises:
+        ConfigError: for a bad option value.
+    """
+
+    name = "lmam"
+
+    def __init__(
+        self,
+        shape: AttentionShape,
+        *,
+        heads: int | None = None,
+        n: int = 128,
+        rank: int = 2,
+        scale: float = 1 / 255,
+        alignment: str = "start",
+        position: str = "pe",
+        inside_softmax: bool = False,
+        softmax_map: bool = False,
+        full_rank: bool = False,
+    ) -> None:
+        super().__init__()
+        heads = shape.num_heads if heads is None else positive_int("heads", heads)
+        if shape.num_heads % heads:
+            raise ConfigError(f"heads={heads}: must divide the model's {shape.num_heads} query heads")
+        positive_int("n", n)
+        positive_int("rank", rank)
+        self.scale = positive_number("scale", scale)
+        if scale < INERT_SCALE:
+            warn_once(f"scale={scale:g}: leaves the map nearly where it starts; try 1/255, or a larger learning rate")
+        self.alignment = choice("alignment", alignment, ALIGNMENTS)
+        self.with_pe = choice("position", position, POSITIONS) == "pe"
+        self.inside_softmax = flag("inside_softmax", inside_softmax)
+        self.softmax_map = flag("softmax_map", softmax_map)
+        self.full_rank = flag("full_rank", full_rank)
+        if inside_softmax and softmax_map:
+            raise ConfigError("softmax_map=True: has no meaning together with inside_softmax; choose one")
+        if alignment == "end":
+            self.cache_refusal = (
+                "alignment='end': generation with a cache is refused, the map's place depends on the final length; "
+                "use alignment=start"
+            )
+        if full_rank:
+            self.w = nn.Parameter(torch.empty(heads, n, n))
+        else:
+            self.a = nn.Parameter(torch.empty(heads, n, rank))
+            self.b = nn.Parameter(torch.empty(heads, rank, n))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.full_rank:
+            nn.init.zeros_(self.w)
+            return
+        bound = 1 / math.sqrt(self.a.shape[-1])
+        nn.init.uniform_(self.a, -bound, bound)
+        with torch.no_grad():
+            self.b.copy_(-self._pe(self.b) if self.with_pe else torch.zeros_like(self.b))
+
+    @property
+    def starts_as_identity(self) -> bool:
+        return not self.softmax_map
+
+    def forward(self, ctx: AttentionContext) -> Tensor:
+        maps = self.maps()
+        if self.inside_softmax:
+            return ctx.attend(ctx.q, ctx.k, ctx.v, bias=ctx.static_bias(maps, alignment=self.alignment))
+        o1 = ctx.attend(ctx.q, ctx.k, ctx.v)
+        added = ctx.attend_static(maps, ctx.v, alignment=self.alignment, softmax=self.softmax_map)
+        self.observe(o1, added)
+        return o1 + added
+
+    def maps(self) -> Tensor:
+        """``S``, ``[H_s, n, n]``."""
+        if self.full_rank:
+            return self.w * self.scale
+        pe = self._pe(self.b) if self.with_pe else self.b.new_zeros(self.b.shape[-1])
+        return ((self.a + pe.unsqueeze(-1)) @ (self.b + pe)) * self.scale
+
+    @staticmethod
+    def _pe(b: Tensor) -> Tensor:
+        """``PE`` ``[n]`` in the dtype of ``b``; the same bits wherever it is added, so that ``W_b = -PE`` cancels."""
+        n = b.shape[-1]
+        exponent = torch.arange(n, dtype=torch.float64, device=b.device) * (-2 / n)
+        return torch.pow(10_000.0, exponent).to(b.dtype)
