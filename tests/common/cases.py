@@ -155,6 +155,8 @@ def _full_rank() -> list[MethodCase]:
 
 
 CASES = [*_product(), *_variants()]
+DEFAULTS = [case for case in CASES if len(case.layouts) > len(MAIN_LAYOUTS)]
+"""Every method once, as it is without further options."""
 
 
 def case_and_heads(cases: list[MethodCase] | None = None) -> list[Any]:
@@ -186,6 +188,10 @@ NO_CACHE = {
     "alignment=end": "where the map lies depends on the final length",
 }
 """Cases that refuse the KV cache."""
+
+
+NO_FLEX = {"inside_softmax=True": "FlexAttention takes no dense bias"}
+"""Cases that refuse the flex backend."""
 
 
 def exception(table: dict[str, str], case: MethodCase) -> str | None:
@@ -240,6 +246,5 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"method": "lmam", "alignment": "middle"}, "alignment.*middle.*start.*end"),
     ({"method": "lmam", "position": "rope"}, "position.*rope.*pe.*none"),
     ({"method": "lmam", "inside_softmax": True, "softmax_map": True}, "softmax_map|inside_softmax"),
-    ({"method": "lmam", "full_rank": True, "rank": 5}, "rank"),  # has no factors
 ]
 """Options that are refused by name, and a pattern of the message."""

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lrdint_tune.attention import Backend, DocumentMask
-from tests.common.cases import CASES, STEP, MethodCase, case_and_heads
+from lrdint_tune.errors import ConfigError
+from tests.common.cases import CASES, DEFAULTS, NO_FLEX, STEP, MethodCase, case_and_heads, exception
 from tests.common.layouts import BLOCK_LAYOUTS, Case, layout_case
 from tests.common.models import TINY, attention_of, raw_weights, tiny_model, woken_model
 from tests.common.reference import Rows, reference_attention
@@ -92,6 +93,10 @@ def compare_flex(attention: nn.Module, case: MethodCase, layout: Case, name: str
 @pytest.mark.parametrize(("case", "heads"), case_and_heads())
 def test_flex_forward(case: MethodCase, heads: str, covered: Any) -> None:
     attention = attention_of(woken_model(case, heads), LAYER)
+    if exception(NO_FLEX, case):
+        with pytest.raises(ConfigError, match="attention_backend='flex'"):
+            compare_flex(attention, case, layout_case("causal"), "causal")
+        return
     for layout in (*case.layouts, *BLOCK_LAYOUTS):
         compare_flex(attention, case, layout_case(layout), layout)
         covered("reference", case, heads, [layout], ["flex"])
@@ -138,7 +143,7 @@ def test_torchtune_layer_calls_it() -> None:
     torch.testing.assert_close(got, x + want + layer.mlp(layer.mlp_norm(x + want)), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.lam == "sigmoid" or len(case.layouts) > 4], ids=str)
+@pytest.mark.parametrize("case", [*DEFAULTS, *(case for case in CASES if case.lam == "sigmoid")], ids=str)
 def test_bfloat16(case: MethodCase) -> None:
     """bf16 modules give bf16 results near the reference, whether or not lambda stays in fp32."""
     layout = layout_case("packed")

@@ -10,13 +10,10 @@ from benchmarks.inputs import Case as Measured
 from benchmarks.measure import peak_bytes
 from lrdint_tune.attention import DocumentMask
 from lrdint_tune.models.hf_names import to_hf, to_tune
-from tests.common.cases import CASES, STEP, MethodCase
+from tests.common.cases import CASES, DEFAULTS, STEP, MethodCase
 from tests.common.layouts import layout_case
-from tests.common.models import TINY, tiny_model, woken_model
-from tests.common.reference import Weights, reference_attention
-
-DEFAULTS = [case for case in CASES if len(case.layouts) > 4]
-"""Every method once, with its default options."""
+from tests.common.models import TINY, raw_weights, tiny_model, wake, woken_model
+from tests.common.reference import Sublayer, Weights, reference_attention
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -63,17 +60,18 @@ def test_hugging_face_order(case: MethodCase) -> None:
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", DEFAULTS, ids=str)
 def test_compiled_equals_eager(case: MethodCase, backend: str) -> None:
-    model = woken_model(case, "gqa", num_layers=1)
-    tokens = torch.randint(TINY["vocab_size"], (2, 12))
-    results = []
+    """One attention module: output, gradient of the input and of every parameter."""
+    attention = woken_model(case, "gqa", num_layers=1).layers[0].attn
+    x = torch.randn(2, 12, TINY["embed_dim"], requires_grad=True)
+    downstream = torch.randn(2, 12, TINY["embed_dim"])
+    leaves = [x, *attention.parameters()]
     torch._dynamo.reset()
-    for run in (model, torch.compile(model, backend=backend)):
-        model.zero_grad()
-        loss = run(tokens, labels=tokens.roll(-1, dims=1))
-        loss.backward()
-        results.append([loss, *(p.grad for p in model.parameters())])
-    for want, got in zip(*results, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    want, got = (
+        (out := run(x), *torch.autograd.grad(out, leaves, downstream))
+        for run in (attention, torch.compile(attention, backend=backend))
+    )
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 class Packed(Measured):
@@ -90,7 +88,7 @@ class Packed(Measured):
 LONG = 8192
 
 
-@pytest.mark.parametrize("lengths", [[LONG], [5000, 3, 3189]], ids=["whole", "packed"])
+@pytest.mark.parametrize("lengths", [[LONG], [5000, 3, 3189], [64] * 128], ids=["whole", "packed", "short"])
 @pytest.mark.parametrize(
     "options", [{}, {"alignment": "end"}, {"n": 256, "heads": 1}, {"softmax_map": True}, {"full_rank": True}], ids=str
 )
@@ -105,3 +103,26 @@ def test_a_map_of_all_rows_would_be_seen() -> None:
     sizes = {"num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "max_seq_len": 1024}
     for options in ({"attention_backend": "eager"}, {"inside_softmax": True}):
         assert peak_bytes(Packed(tiny_model(method="lmam", **sizes, **options), [1024])) > 1024**2
+
+
+def test_the_heads_of_highest_entropy_are_selected() -> None:
+    """dex: the half of each layer's heads whose rows of A1 have the highest mean entropy on the calibration batches."""
+    model = wake(tiny_model(method="dex", heads="top_entropy"))
+    assert all(method.selected.tolist() == [1, 1, 1, 1] for method in model.methods())
+    batches, inputs = [], {}
+    for name in ("packed", "left_padded"):
+        layout = layout_case(name)
+        tokens = torch.randint(TINY["vocab_size"], layout.rows.positions.shape)
+        batches.append({"tokens": tokens, "mask": layout.mask, "input_pos": layout.input_pos})
+    for i, layer in enumerate(model.layers):
+        layer.attn.register_forward_pre_hook(lambda _, args, i=i: inputs.setdefault(i, []).append(args[0].double()))
+    model.calibrate(batches)
+    for i, layer in enumerate(model.layers):
+        weights, _ = raw_weights(layer.attn)
+        total = torch.zeros(4, dtype=torch.float64)
+        for x, name in zip(inputs[i], ("packed", "left_padded"), strict=True):
+            rows = layout_case(name).rows
+            maps = torch.stack(Sublayer(x, weights, rows, {"method": "none"}, 4, 2).primary_maps(), dim=1)
+            entropy = -torch.where(maps > 0, maps * maps.clamp(min=1e-300).log(), 0.0).sum(-1)  # [B, H, N]
+            total += torch.stack([entropy[:, h][rows.valid].mean() for h in range(4)]).detach()
+        assert layer.attn.method.selected.nonzero().flatten().tolist() == sorted(total.topk(2).indices.tolist())
