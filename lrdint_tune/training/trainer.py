@@ -36,7 +36,7 @@ from lrdint_tune.training.world import World
 
 log = logging.getLogger(__name__)
 
-CALIBRATION_BATCHES = 8
+CALIBRATION_BATCHES = 4
 
 
 class NonFiniteLossError(RuntimeError):
@@ -159,13 +159,14 @@ class Trainer:
                 yield "output.weight", tensor
 
     def _calibrate(self) -> None:
-        """Show the methods the first training batches; training starts with the same ones again."""
-        count = min(self.cfg.calibration_batches or CALIBRATION_BATCHES, self.steps_per_epoch * self.accumulation)
+        """Show the methods the first global batches, however they are spread over ranks; training starts with the same
+        ones again."""
+        count = min(self.cfg.calibration_batches or CALIBRATION_BATCHES, self.steps_per_epoch)
         self.loader.start_epoch(0)
-        batches = [self._inputs(self.loader, self.loader.next_batch()) for _ in range(count)]
+        batches = (self._inputs(self.loader, self.loader.next_batch()) for _ in range(count * self.accumulation))
         self.model.calibrate(batches, reduce=dist.all_reduce)
         if self.world.is_main:
-            log.info("calibrated on %d batches a process", count)
+            log.info("calibrated on the first %d global batches", count)
 
     def _default_logger(self) -> dict[str, str]:
         return {

@@ -51,6 +51,11 @@ def start_trainer(file: Path, changes: dict[str, Any]) -> Trainer:
     return Trainer(cfg, world)
 
 
+def selected_heads(file: Path, changes: dict[str, Any]) -> list[list[float]]:
+    """Which heads each layer of a ``dex`` with ``heads: top_entropy`` acts on, after the trainer has calibrated."""
+    return [method.get_buffer("selected").tolist() for method in start_trainer(file, changes).model.methods()]
+
+
 def trainer_step(file: Path, changes: dict[str, Any], at: int = 0) -> Step:
     """The gradients that the trainer hands to its optimizer when ``at`` steps are done, on the first batch of an epoch.
 
@@ -92,13 +97,19 @@ def plain_step(file: Path, changes: dict[str, Any], at: int = 0) -> Step:
     return Step(loss.item(), gradients, list(model.state_dict()))
 
 
-def assert_same_step(actual: Step, expected: Step, *, loss: float = 1e-6, gradients: float = 1e-4) -> None:
-    """Relative tolerances; a gradient's is relative to its largest element, and it must not be all zero."""
+def assert_same_step(
+    actual: Step, expected: Step, *, loss: float = 1e-6, gradients: float = 1e-4, asleep: tuple[str, ...] = ()
+) -> None:
+    """Relative tolerances; a gradient's is relative to its largest element, and it must not be all zero, except for
+    names ending in one of ``asleep``, which must be zero on both sides."""
     assert actual.names == expected.names
     assert actual.gradients.keys() == expected.gradients.keys()
     assert abs(actual.loss - expected.loss) <= loss * expected.loss, (actual.loss, expected.loss)
     for name, gradient in expected.gradients.items():
         largest = gradient.abs().max()
+        if name.endswith(asleep):
+            assert largest == 0 and (actual.gradients[name] == 0).all(), f"{name}: is awake"
+            continue
         assert largest > 0, f"{name}: the gradient is zero, nothing is compared"
         error = (actual.gradients[name] - gradient).abs().max() / largest
         assert error <= gradients, f"{name}: relative error {error:.2e}"

@@ -11,7 +11,7 @@ import torch
 
 from tests.common.tiny_run import SIZES, write_model, write_run
 from tests.distributed.harness import run_ranks
-from tests.distributed.steps import Step, assert_same_step, plain_step, trainer_step
+from tests.distributed.steps import Step, assert_same_step, plain_step, selected_heads, trainer_step
 
 # λ away from 0, so that every new tensor has a gradient.
 DINT = {"model.lam_init": 0.3}
@@ -44,9 +44,7 @@ def one_process(function: Any, file: Path, changes: dict[str, Any], at: int = 0)
     return _expected(function, file, json.dumps(changes, sort_keys=True), at)
 
 
-def check(
-    file: Path, changes: dict[str, Any], at: int = 0, sizes: tuple[int, ...] = (1, 2), **tolerances: float
-) -> None:
+def check(file: Path, changes: dict[str, Any], at: int = 0, sizes: tuple[int, ...] = (1, 2), **tolerances: Any) -> None:
     """The trainer on each number of ranks against one plain model."""
     expected = one_process(plain_step, file, changes, at)
     for size in sizes:
@@ -66,6 +64,41 @@ def check(
 )
 def test_ranks(even: Path, changes: dict[str, Any], at: int) -> None:
     check(even, changes, at)
+
+
+def other(method: str, **options: Any) -> dict[str, Any]:
+    return {"model": {"_component_": "lrdint_tune.models.llama3_2", **SIZES, "method": method, **options}}
+
+
+HALF_WAY = {"lam": "annealed", "anneal_steps": 4}  # with two steps done: λ = 0.2
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param(other("diff", rank=3, lam="exponential", noise_heads="kv"), id="exponential, noise_heads"),
+        pytest.param(other("dint", rank=3, lam="sigmoid", secondary_keys="shared"), id="sigmoid, secondary_keys"),
+        pytest.param(other("daa", **HALF_WAY), id="daa"),
+        pytest.param(other("dex", **HALF_WAY), id="dex"),
+        pytest.param(other("diffq", **HALF_WAY), id="diffq"),
+        pytest.param(other("diffk", **HALF_WAY), id="diffk"),
+        pytest.param(other("diffv", **HALF_WAY), id="diffv"),
+        pytest.param(other("difflora", rank=3), id="difflora"),
+        pytest.param(other("lmam", n=256, scale=1.0, softmax_map=True), id="lmam"),
+    ],
+)
+def test_ranks_of_every_method(even: Path, model: dict[str, Any]) -> None:
+    # LoRA's down factor and LMAM's first factor meet a zero at the start.
+    check(even, {"lam_lr": None, **model}, 2, sizes=(2,), asleep=("1.down.weight", "method.a"))
+
+
+def test_calibration_chooses_the_same_heads_on_any_number_of_ranks(even: Path) -> None:
+    changes = {"lam_lr": None, "calibration_batches": 2, **other("dex", heads="top_entropy", top_k=1, **HALF_WAY)}
+    chosen = [run_ranks(selected_heads, size, even, changes) for size in (1, 2)]
+    assert chosen[0][0] == chosen[1][0] == chosen[1][1]
+    assert [sum(layer) for layer in chosen[0][0]] == [1, 1]
+    # Not what would come without looking: the layers differ, or a head other than the first is taken.
+    assert len(set(map(tuple, chosen[0][0]))) > 1 or chosen[0][0][0][0] == 0
 
 
 @pytest.mark.parametrize("sharing", ["head", "layer"])
