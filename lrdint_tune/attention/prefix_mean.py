@@ -103,7 +103,7 @@ def _product(x: Tensor, within: Tensor, closing: Tensor, opening: Tensor, earlie
     rows = _blocks(x.transpose(1, 2).flatten(2), within.shape[-1])  # [B, N/C, C, H hd]
     with _full_precision(x.device.type):
         accumulated = earlier @ (closing @ rows).squeeze(2)  # [B, N/C, H hd]
-        # Not in place: selective activation checkpointing keeps the outputs of matrix products.
+        # Not in place: selective activation checkpointing keeps the outputs of matrix products and reuses them.
         out = torch.addcmul(within @ rows, opening, accumulated[:, :, None])
     return out.flatten(1, 2)[:, :n].unflatten(-1, (heads, -1)).transpose(1, 2)
 

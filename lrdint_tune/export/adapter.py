@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lrdint_tune import __version__
+from lrdint_tune.adapters import MLP
 from lrdint_tune.errors import ConfigError
 from lrdint_tune.export.atomic import atomic_folder
 from lrdint_tune.export.hf_folder import write_json
@@ -17,14 +18,15 @@ from lrdint_tune.export.plan import PEFT_TYPE, refuse_foreign_folder, refuse_lea
 from lrdint_tune.export.safetensors_file import SafetensorsFile
 from lrdint_tune.models.decoder import is_new_tensor
 from lrdint_tune.models.hf import hf_to_tune, read_safetensors, state_shapes, to_hf, tune_to_hf
-from lrdint_tune.models.hf_config import FORMAT_VERSION, compare_method, full_options, read_json
+from lrdint_tune.models.hf_config import FORMAT_VERSION, compare_adapters, compare_method, full_options, read_json
 from lrdint_tune.models.spec import ModelSpec
 
 ADAPTER_FILE = "adapter_model.safetensors"
 BASE_FILE = "modules_to_save.safetensors"
 CONFIG_FILE = "adapter_config.json"
 # The length of the RoPE cache is no property of the weights.
-_SIZES = [f.name for f in dataclasses.fields(ModelSpec) if f.name not in ("max_seq_len", "method", "method_options")]
+_NOT_SIZES = ("max_seq_len", "method", "method_options", "adapters")
+_SIZES = [f.name for f in dataclasses.fields(ModelSpec) if f.name not in _NOT_SIZES]
 
 
 def save_adapter(
@@ -67,7 +69,7 @@ def save_adapter(
         _write(folder / ADAPTER_FILE, tensors, spec)
         if trained_base:
             _write(folder / BASE_FILE, trained_base, spec)
-        write_json(folder / CONFIG_FILE, _config(spec, tensors, trained_base, base_model_name_or_path, trainable))
+        write_json(folder / CONFIG_FILE, _config(spec, trained_base, base_model_name_or_path, trainable))
 
 
 def load_adapter(directory: str | Path, spec: ModelSpec) -> dict[str, Tensor]:
@@ -81,8 +83,8 @@ def load_adapter(directory: str | Path, spec: ModelSpec) -> dict[str, Tensor]:
         State-dict name -> CPU tensor, in the dtype of the file.
 
     Raises:
-        ConfigError: a file is missing or damaged, the adapter belongs to a model of other sizes or to another method
-            or other options, or a tensor is missing, unexpected or of another shape.
+        ConfigError: a file is missing or damaged, the adapter belongs to a model of other sizes or to another method,
+            other adapters or other options, or a tensor is missing, unexpected or of another shape.
     """
     folder = Path(directory)
     if not (folder / CONFIG_FILE).is_file():
@@ -100,6 +102,7 @@ def load_adapter(directory: str | Path, spec: ModelSpec) -> dict[str, Tensor]:
                 f"model has {field}={getattr(spec, field)!r}; choose the builder that the adapter was trained with"
             )
     compare_method(folder / CONFIG_FILE, config["method"], config["method_options"], spec)
+    compare_adapters(folder / CONFIG_FILE, config.get("adapters", []), spec)
     shapes = state_shapes(spec)
     tensors = _read(folder / ADAPTER_FILE, {n: s for n, s in shapes.items() if is_new_tensor(n)}, spec)
     if config["modules_to_save"]:
@@ -133,7 +136,6 @@ def _read(file: Path, shapes: Mapping[str, tuple[int, ...]], spec: ModelSpec) ->
 
 def _config(
     spec: ModelSpec,
-    tensors: Mapping[str, Tensor],
     trained_base: Mapping[str, Tensor],
     base_model_name_or_path: str,
     trainable: list[str],
@@ -147,10 +149,19 @@ def _config(
         "base_model_name_or_path": base_model_name_or_path,
         "inference_mode": True,
         "r": options.get("rank"),
-        "target_modules": ["self_attn"] if tensors else [],
+        "target_modules": _target_modules(spec),
         "modules_to_save": sorted(tune_to_hf(name, spec).removesuffix(".weight") for name in trained_base),
         "method": spec.method,
         "method_options": options,
+        "adapters": spec.adapters,
         "trainable": trainable,
         "base_model": {field: getattr(spec, field) for field in _SIZES},
     }
+
+
+def _target_modules(spec: ModelSpec) -> list[str]:
+    """Hugging Face's names of the modules that have new tensors."""
+    targets = {"self_attn"} if spec.method != "none" else set()
+    for entry in spec.adapters:
+        targets |= set(entry.get("target_modules", [MLP]))
+    return sorted(targets)

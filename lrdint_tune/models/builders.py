@@ -19,11 +19,11 @@ def _builder(name: str, title: str, **sizes: Any) -> Callable[..., LlamaDecoder]
 
     Args:
         method: the differential method; see :func:`~lrdint_tune.models.component.llama3_2`.
-        options: the method's options (``rank`` ...), ``attention_backend``, or another value for one of the
-            sizes, e.g. ``max_seq_len`` for a shorter RoPE cache.
+        options: the method's options (``rank`` ...), ``attention_backend``, ``adapters``, or another value for one of
+            the sizes, e.g. ``max_seq_len`` for a shorter RoPE cache.
 
     Raises:
-        ConfigError: unknown method or option, or a bad option value.
+        ConfigError: unknown method, adapter or option, or a bad option value.
     """
     return build
 

@@ -12,6 +12,7 @@ from torchtune.modules import (
     TransformerSelfAttentionLayer,
 )
 
+from lrdint_tune.adapters import check_adapters
 from lrdint_tune.attention import AttentionShape, DifferentialSelfAttention, build_method, method_options
 from lrdint_tune.errors import ConfigError
 from lrdint_tune.models.decoder import LlamaDecoder
@@ -34,6 +35,7 @@ def llama3_2(
     head_dim: int | None = None,
     method: str = "none",
     attention_backend: str = "auto",
+    adapters: list[dict[str, Any]] | None = None,
     **method_options_given: Any,
 ) -> LlamaDecoder:
     """Build a Llama (2, 3, 3.1, 3.2, 3.3 and look-alikes) with differential attention.
@@ -54,6 +56,9 @@ def llama3_2(
         method: ``none | diff | dint | daa | dex | diffq | diffk | diffv | difflora | lmam``; ``none`` has torchtune's
             parameter names and nothing else.
         attention_backend: ``eager | sdpa | flex | auto``.
+        adapters: adapters of the linear layers or of the MLP, one entry per type with its options, e.g. ``[{type: lora,
+            target_modules: [o_proj, up_proj, down_proj], rank: 1, lora_alpha: 2}, {type: bottleneck, rank: 18}]``; see
+            ``lrdint_tune.adapters``. Any method takes them.
         method_options_given: options of the method, e.g. ``rank``; see its class in ``lrdint_tune.attention.methods``.
 
     Returns:
@@ -61,8 +66,9 @@ def llama3_2(
         module; after meta construction its cache must be built with ``rope_init()``.
 
     Raises:
-        ConfigError: unknown method, option or backend, a bad option value, or sizes that do not divide.
+        ConfigError: unknown method, option, adapter or backend, a bad option value, or sizes that do not divide.
     """
+    adapters = check_adapters(adapters)
     if head_dim is None:
         if embed_dim % num_heads:
             raise ConfigError(f"embed_dim={embed_dim}: not divisible by num_heads={num_heads}; set head_dim")
@@ -116,7 +122,7 @@ def llama3_2(
         method=method,
         method_options={**method_options(method), **method_options_given},
     )
-    return LlamaDecoder(
+    model = LlamaDecoder(
         spec,
         tok_embeddings=tok_embeddings,
         layers=layers,
@@ -126,6 +132,8 @@ def llama3_2(
         norm=RMSNorm(embed_dim, eps=norm_eps),
         output=TiedLinear(tok_embeddings) if tie_word_embeddings else nn.Linear(embed_dim, vocab_size, bias=False),
     )
+    model.attach_adapters(adapters)
+    return model
 
 
 def build_rope(head_dim: int, max_seq_len: int, rope_base: int, scale_factor: int) -> nn.Module:

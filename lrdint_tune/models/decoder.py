@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchtune.modules import TransformerDecoder
 
+from lrdint_tune.adapters import attach_adapters, check_adapters, is_merged
 from lrdint_tune.attention import AttentionMethod, DifferentialSelfAttention, Layout
 from lrdint_tune.attention.layout import MaskType
 from lrdint_tune.models.loss import summed_cross_entropy
@@ -25,7 +27,25 @@ class LlamaDecoder(TransformerDecoder):
 
     def __init__(self, spec: ModelSpec, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.spec = spec
+        self._spec = spec
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What the model is now: merged adapters are no longer part of it."""
+        return dataclasses.replace(self._spec, adapters=[]) if is_merged(self) else self._spec
+
+    def attach_adapters(self, adapters: list[dict[str, Any]]) -> None:
+        """Add adapters, in the form that the builders take.
+
+        It is the last step of building a model: what replaces linear layers (conversion to fp8) comes before.
+
+        Raises:
+            ConfigError: a bad entry, or a type that the model has already.
+        """
+        before = self._spec.adapters
+        after = check_adapters([*before, *adapters])
+        attach_adapters(self.layers, after[len(before) :])
+        self._spec = dataclasses.replace(self._spec, adapters=after)
 
     def forward(
         self, tokens: Tensor, *, mask: MaskType = None, input_pos: Tensor | None = None, labels: Tensor | None = None
@@ -126,5 +146,10 @@ class LlamaDecoder(TransformerDecoder):
 
 
 def is_new_tensor(name: str) -> bool:
-    """True for the state-dict name of a tensor that a method brought, False for one of the pretrained model."""
-    return ".attn.method." in name
+    """True for the state-dict name of a tensor that a method or an adapter brought, False for one of the base."""
+    return ".attn.method." in name or is_adapter_tensor(name)
+
+
+def is_adapter_tensor(name: str) -> bool:
+    """True for the state-dict name of a tensor of one of ``lrdint_tune.adapters``."""
+    return ".adapters." in name

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lrdint_tune.errors import ConfigError
 from lrdint_tune.models.component import llama3_2
-from lrdint_tune.models.decoder import is_new_tensor
+from lrdint_tune.models.decoder import is_adapter_tensor, is_new_tensor
 from lrdint_tune.models.hf_config import check_hf_config, hf_config, read_json, spec_from_hf_config
 from lrdint_tune.models.hf_names import hf_to_tune, stays_float32, to_hf, to_tune, tune_to_hf
 from lrdint_tune.models.spec import ModelSpec
@@ -53,7 +53,7 @@ def iter_hf_folder(path: str | Path, spec: ModelSpec) -> Iterator[tuple[str, Ten
 
     Names and shapes of all tensors are compared with the model before the first one is read, from the files' headers
     alone. The new tensors of a method are either all in the folder or none of them is: then they are not yielded and
-    keep their start values.
+    keep their start values. The same holds for those of the adapters.
 
     Args:
         path: a folder with ``model.safetensors``, or with shards and ``model.safetensors.index.json``.
@@ -72,7 +72,8 @@ def iter_hf_folder(path: str | Path, spec: ModelSpec) -> Iterator[tuple[str, Ten
     files = _weight_files(folder)
     shapes = state_shapes(spec)
     expected = {tune_to_hf(name, spec): shape for name, shape in shapes.items()}
-    new = {tune_to_hf(name, spec) for name in shapes if is_new_tensor(name)}
+    adapters = {tune_to_hf(name, spec) for name in shapes if is_adapter_tensor(name)}
+    method = {tune_to_hf(name, spec) for name in shapes if is_new_tensor(name)} - adapters
     found: dict[str, Path] = {}
     for file in files:
         with _open(file) as f:
@@ -80,8 +81,8 @@ def iter_hf_folder(path: str | Path, spec: ModelSpec) -> Iterator[tuple[str, Ten
                 if not _is_rope_cache(name):
                     found[name] = file
                     _check_tensor(file, name, f.get_slice(name), expected, spec)
-    wanted = expected.keys() if new & found.keys() else expected.keys() - new
-    missing = [name for name in expected if name in wanted and name not in found]
+    absent = {name for group in (method, adapters) if not group & found.keys() for name in group}
+    missing = [name for name in expected if name not in found and name not in absent]
     if missing:
         raise ConfigError(
             f"checkpoint folder {str(folder)!r}: no tensor {_first(missing)}; the model and the weights differ, or the "

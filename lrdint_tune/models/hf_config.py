@@ -36,7 +36,7 @@ _KEYS = {
     "scale_factor": "RoPE scaling factor",
 }
 # A model can be built shorter or longer than the pretrained one without touching a weight.
-_NOT_COMPARED = ("max_seq_len", "method", "method_options")
+_NOT_COMPARED = ("max_seq_len", "method", "method_options", "adapters")
 
 
 def spec_from_hf_config(path: str | Path) -> dict[str, Any]:
@@ -46,7 +46,8 @@ def spec_from_hf_config(path: str | Path) -> dict[str, Any]:
         path: the folder.
 
     Returns:
-        All sizes, ``method`` and the options of the method (``none`` and no options for a folder of a stock Llama).
+        All sizes, ``method`` and the options of the method (``none`` and no options for a folder of a stock Llama), and
+        ``adapters`` if there are any.
 
     Raises:
         ConfigError: no folder or ``config.json``, invalid JSON, another architecture than Llama's, or a kind of RoPE
@@ -64,14 +65,15 @@ def spec_from_hf_config(path: str | Path) -> dict[str, Any]:
     spec["tie_word_embeddings"] = bool(config.get("tie_word_embeddings", False))
     spec["rope_base"], spec["scale_factor"] = _rope(folder, config)
     method, options = _method(folder, config)
-    return {**spec, "method": method, **options}
+    adapters = _adapters(config)
+    return {**spec, "method": method, **options, **({"adapters": adapters} if adapters else {})}
 
 
 def check_hf_config(path: str | Path, spec: ModelSpec) -> None:
     """Compare a Hugging Face folder's ``config.json`` with the model that is to receive its weights.
 
     A stock Llama's folder fits every method (the new tensors keep their start values); a folder with a method's
-    tensors fits the same method with the same options.
+    tensors fits the same method with the same options, and one with adapters fits the same adapters.
 
     Raises:
         ConfigError: the two disagree (the message names the key and both values), or as :func:`spec_from_hf_config`.
@@ -89,6 +91,8 @@ def check_hf_config(path: str | Path, spec: ModelSpec) -> None:
     method, options = _method(folder, config)
     if method != "none":
         compare_method(folder / "config.json", method, options, spec)
+    if _adapters(config):
+        compare_adapters(folder / "config.json", _adapters(config), spec)
 
 
 def hf_config(spec: ModelSpec) -> dict[str, Any]:
@@ -96,7 +100,7 @@ def hf_config(spec: ModelSpec) -> dict[str, Any]:
 
     RoPE is written in both spellings, ``rope_parameters`` (transformers 5) and ``rope_theta`` with ``rope_scaling``
     (transformers 4 and other runtimes, which would otherwise fall back to a base of 10000 without a word). A model
-    with a method's tensors is no stock Llama: its ``model_type`` makes the Auto classes refuse it and its
+    with new tensors is no stock Llama: its ``model_type`` makes the Auto classes refuse it and its
     ``attn_implementation`` makes ``LlamaForCausalLM`` refuse it, where either would drop the new tensors with a
     warning.
     """
@@ -126,9 +130,10 @@ def hf_config(spec: ModelSpec) -> dict[str, Any]:
             "version": __version__,
             "method": spec.method,
             "method_options": full_options(spec),
+            "adapters": spec.adapters,
         },
     }
-    if spec.method != "none":
+    if not spec.is_stock:
         config["architectures"] = ["LrdintLlamaForCausalLM"]
         config["model_type"] = METHOD_MODEL_TYPE
         config["attn_implementation"] = "lrdint"
@@ -168,6 +173,27 @@ def compare_method(file: Path, method: str, options: dict[str, Any], spec: Model
                 f"{file}: {key}={options.get(key)!r} but the model has {key}={mine.get(key)!r}; "
                 f"build the model with {key}={options.get(key)}"
             )
+
+
+def compare_adapters(file: Path, adapters: list[dict[str, Any]], spec: ModelSpec) -> None:
+    """Compare the adapters recorded in ``file`` with the model's.
+
+    Raises:
+        ConfigError: another type of adapter or another value of an option; the message names both.
+    """
+    theirs, mine = ({entry["type"]: entry for entry in entries} for entries in (adapters, spec.adapters))
+    if theirs.keys() != mine.keys():
+        raise ConfigError(
+            f"{file}: holds adapters={list(theirs)} but the model has adapters={list(mine)}; build the model with the "
+            "adapters of the file"
+        )
+    for kind, entry in theirs.items():
+        for key in sorted(entry.keys() | mine[kind].keys()):
+            if entry.get(key) != mine[kind].get(key):
+                raise ConfigError(
+                    f"{file}: adapters.{kind}.{key}={entry.get(key)!r} but the model has {mine[kind].get(key)!r}; "
+                    "build the model with the adapters of the file"
+                )
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -259,6 +285,10 @@ def _method(folder: Path, config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
             "load the folder with the version of lrdint_tune that wrote it"
         )
     return entry["method"], entry["method_options"]
+
+
+def _adapters(config: dict[str, Any]) -> list[dict[str, Any]]:
+    return config.get(ENTRY, {}).get("adapters", [])
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -5,6 +5,10 @@ torchtune (and Meta) rotate neighbouring pairs ``(2i, 2i + 1)`` of a head, Huggi
 Whatever is in the rotary dimensions of a head (the rows of the query and key projections, and what a method names in
 its ``rotary_dims``) is therefore reordered, head by head; everything else is copied. A method's tensors keep their
 names under ``self_attn.method``; a tensor of the pretrained model that no table names is an error.
+
+An adapter's tensors follow the name of the module they adapt. LoRA's ``b`` on the query and key projections has its
+rows in the projection's order and is reordered with it. QuanTA's tensors are not: they act on axes that cut across the
+heads, and no tensors of that form give the update with its rows reordered. They stay in torchtune's order.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import re
 
 from torch import Tensor
 
+from lrdint_tune.adapters import MLP, TARGETS
 from lrdint_tune.attention import METHODS
 from lrdint_tune.errors import ConfigError
 from lrdint_tune.models.spec import ModelSpec
@@ -35,14 +40,20 @@ _LAYER_NAMES = {
 }
 _METHOD_PREFIX, _METHOD_PREFIX_HF = "attn.method.", "self_attn.method."
 
-# The dimension that holds the rotary dimensions of the heads, for the tensors that have one. A method names its own.
+# The dimensions that hold the rotary dimensions of the heads, for the tensors that have one. A method names its own.
 _ROTARY_DIMS = {
     "attn.q_proj.weight": (0,),  # [H * hd, D]
     "attn.k_proj.weight": (0,),  # [K * hd, D]
+    "attn.q_proj.adapters.lora.b.weight": (0,),  # [H * hd, r]
+    "attn.k_proj.adapters.lora.b.weight": (0,),  # [K * hd, r]
 }
+
+# The modules that adapters are attached to.
+_ADAPTED = {MLP: "mlp"} | {path: _LAYER_NAMES[f"{path}.weight"].removesuffix(".weight") for path in TARGETS.values()}
 
 _MODEL_NAMES_FROM_HF = {hf: tune for tune, hf in _MODEL_NAMES.items()}
 _LAYER_NAMES_FROM_HF = {hf: tune for tune, hf in _LAYER_NAMES.items()}
+_ADAPTED_FROM_HF = {hf: tune for tune, hf in _ADAPTED.items()}
 _TUNE_LAYER = re.compile(r"layers\.(\d+)\.(.+)")
 _HF_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
@@ -58,9 +69,10 @@ def tune_to_hf(name: str, spec: ModelSpec) -> str:
     layer, tail = _split_layer(name, _TUNE_LAYER, spec)
     if tail.startswith(_METHOD_PREFIX) and spec.method != "none":
         return f"model.layers.{layer}.{_METHOD_PREFIX_HF}{tail.removeprefix(_METHOD_PREFIX)}"
-    if tail not in _LAYER_NAMES:
+    hf_tail = _adapter_name(tail, _ADAPTED, spec) or _LAYER_NAMES.get(tail)
+    if hf_tail is None:
         raise _unknown(name)
-    return f"model.layers.{layer}.{_LAYER_NAMES[tail]}"
+    return f"model.layers.{layer}.{hf_tail}"
 
 
 def hf_to_tune(name: str, spec: ModelSpec) -> str:
@@ -74,9 +86,10 @@ def hf_to_tune(name: str, spec: ModelSpec) -> str:
     layer, tail = _split_layer(name, _HF_LAYER, spec)
     if tail.startswith(_METHOD_PREFIX_HF) and spec.method != "none":
         return f"layers.{layer}.{_METHOD_PREFIX}{tail.removeprefix(_METHOD_PREFIX_HF)}"
-    if tail not in _LAYER_NAMES_FROM_HF:
+    tune_tail = _adapter_name(tail, _ADAPTED_FROM_HF, spec) or _LAYER_NAMES_FROM_HF.get(tail)
+    if tune_tail is None:
         raise _unknown(name)
-    return f"layers.{layer}.{_LAYER_NAMES_FROM_HF[tail]}"
+    return f"layers.{layer}.{tune_tail}"
 
 
 def to_hf(name: str, tensor: Tensor, spec: ModelSpec) -> tuple[str, Tensor]:
@@ -122,6 +135,13 @@ def stays_float32(name: str) -> bool:
     The values of lambda are: bfloat16 has 8 bits of mantissa, and a lambda near 1 would move in steps of 1/256.
     """
     return ".attn.method.lam." in name
+
+
+def _adapter_name(tail: str, modules: dict[str, str], spec: ModelSpec) -> str | None:
+    """The other side's name of an adapter's tensor, None for any other tensor."""
+    module, mark, tensor = tail.partition(".adapters.")
+    known = module in modules and tensor.split(".")[0] in [adapter["type"] for adapter in spec.adapters]
+    return f"{modules[module]}{mark}{tensor}" if known else None
 
 
 def _split_layer(name: str, pattern: re.Pattern[str], spec: ModelSpec) -> tuple[int, str]:

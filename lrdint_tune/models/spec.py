@@ -8,11 +8,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """The sizes of a Llama and the method its attention carries.
+    """The sizes of a Llama, the method its attention carries and the adapters beside it.
 
     Attributes:
         scale_factor: of Llama 3.1's RoPE scaling; 1 means plain RoPE.
         method_options: every option of the method, defaults filled in.
+        adapters: the builder's option of that name, every default filled in.
     """
 
     vocab_size: int
@@ -29,6 +30,12 @@ class ModelSpec:
     tie_word_embeddings: bool
     method: str = "none"
     method_options: dict[str, Any] = field(default_factory=dict)
+    adapters: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def is_stock(self) -> bool:
+        """True for a plain Llama, without any new tensor."""
+        return self.method == "none" and not self.adapters
 
     @property
     def leaks_future(self) -> bool:

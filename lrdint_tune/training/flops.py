@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from lrdint_tune.models.decoder import LlamaDecoder
+from lrdint_tune.adapters import named_adapters
+from lrdint_tune.models.decoder import LlamaDecoder, is_adapter_tensor
 
 
 def training_flops_per_token(model: LlamaDecoder, seq_len: int) -> float:
@@ -21,7 +22,9 @@ def training_flops_per_token(model: LlamaDecoder, seq_len: int) -> float:
     total = 0.0
     for name, parameter in model.named_parameters():
         is_lookup = name.startswith("tok_embeddings.") and not spec.tie_word_embeddings
-        if parameter.dim() >= 2 and not is_lookup:
+        if parameter.dim() >= 2 and not is_lookup and not is_adapter_tensor(name):
             total += (6 if parameter.requires_grad else 4) * parameter.numel()
+    for _, adapter in named_adapters(model):
+        total += (6 if any(p.requires_grad for p in adapter.parameters()) else 4) * adapter.products_per_token
     maps = sum(method.num_maps for method in model.methods())
     return total + maps * 12.0 * seq_len * spec.num_heads * spec.head_dim

@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
+from lrdint_tune.adapters import Adapter, named_adapters
+from lrdint_tune.attention import AttentionMethod
 from lrdint_tune.attention.lambdas import LambdaForm
 from lrdint_tune.errors import ConfigError
 from lrdint_tune.models.decoder import LlamaDecoder
@@ -124,10 +126,13 @@ def initial_method_state(model: LlamaDecoder, seed: int) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for i, method in enumerate(model.methods()):
-            drawn = copy.deepcopy(method).to_empty(device="cpu")
+        new: list[tuple[str, AttentionMethod | Adapter]] = [
+            (f"layers.{i}.attn.method", method) for i, method in enumerate(model.methods())
+        ]
+        for prefix, module in (*new, *named_adapters(model)):
+            drawn = copy.deepcopy(module).to_empty(device="cpu")
             drawn.reset_parameters()
-            state |= {f"layers.{i}.attn.method.{name}": tensor for name, tensor in drawn.state_dict().items()}
+            state |= {f"{prefix}.{name}": tensor for name, tensor in drawn.state_dict().items()}
     return state
 
 

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 def write_results(model: LlamaDecoder, cfg: TrainConfig) -> None:
-    """Write ``output_dir/adapter`` (not for method ``none``) and ``output_dir/hf``; every rank must call it.
+    """Write ``output_dir/adapter`` (not for a stock Llama) and ``output_dir/hf``; every rank must call it.
 
     Gathering is a collective, tensor by tensor; rank 0 writes. The model is only read.
 
@@ -29,7 +29,7 @@ def write_results(model: LlamaDecoder, cfg: TrainConfig) -> None:
     output_dir, source = Path(cfg.output_dir), cfg.checkpointer["checkpoint_dir"]
     is_main = dist.get_rank() == 0
     written = []
-    if model.spec.method != "none":
+    if not model.spec.is_stock:
         new, trained_base = _trained_tensors(model, keep=is_main)
         if is_main:
             save_adapter(
@@ -54,7 +54,7 @@ def write_results(model: LlamaDecoder, cfg: TrainConfig) -> None:
 
 
 def _trained_tensors(model: LlamaDecoder, *, keep: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The method's tensors, and the pretrained tensors that were trained; empty on ranks that do not ``keep`` them."""
+    """The new tensors, and the pretrained tensors that were trained; empty on ranks that do not ``keep`` them."""
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     new: dict[str, Tensor] = {}
     base: dict[str, Tensor] = {}

@@ -17,8 +17,8 @@ TRAINABLE_GROUPS = ("adapter", "attention", "norms", "mlp", "embeddings", "lm_he
 
 
 def group_of(name: str) -> str:
-    """The group of a parameter by its state-dict name: ``adapter`` for the method's new tensors, else the part of the
-    Llama it is."""
+    """The group of a parameter by its state-dict name: ``adapter`` for the new tensors of method and adapters, else the
+    part of the Llama it is."""
     if is_new_tensor(name):
         return "adapter"
     if ".attn." in name:
@@ -44,7 +44,7 @@ def set_trainable(model: LlamaDecoder, groups: list[str]) -> None:
             "untie_lm_head=true to give "
             "the head its own copy"
         )
-    if "adapter" in groups and model.spec.method == "none":
+    if "adapter" in groups and model.spec.is_stock:
         log.info("trainable: method none has no adapter parameters")
     wanted = set(groups)
     for name, parameter in model.named_parameters():

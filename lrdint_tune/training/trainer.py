@@ -188,6 +188,8 @@ class Trainer:
         """What must be equal for a checkpoint to be continued."""
         spec = dataclasses.asdict(self.spec)
         options = spec.pop("method_options")
+        if not spec["adapters"]:  # a checkpoint from before there were any goes on
+            del spec["adapters"]
         return {
             **spec,
             **options,
@@ -320,7 +322,7 @@ class Trainer:
                     values["lr_lambda"] = group["lr"]
             if self.world.is_main:
                 values |= {tag: value.item() for tag, value in self.model.diagnostics().items()}
-            if self.spec.method != "none":
+            if not self.spec.is_stock:
                 values |= self._adapter_grad_norms()
         if self.cfg.clip_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(
@@ -351,9 +353,11 @@ class Trainer:
         assert self.loader_val is not None
         total = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         self.model.enable_diagnostics(False)
+        self.model.eval()  # the adapters' dropout
         for batch in self.loader_val.epoch_batches():
             total[0] += self._loss(self.loader_val, batch).double()
             total[1] += batch.num_label_tokens
+        self.model.train()
         dist.all_reduce(total)
         return float(total[0] / total[1])
 

@@ -16,6 +16,11 @@ from tests.distributed.steps import Step, assert_same_step, plain_step, selected
 # λ away from 0, so that every new tensor has a gradient.
 DINT = {"model.lam_init": 0.3}
 NONE = {"_component_": "lrdint_tune.models.llama3_2", **SIZES, "method": "none"}
+ADAPTERS = [
+    {"type": "lora", "target_modules": ["q_proj", "k_proj", "up_proj"], "rank": 3},
+    {"type": "quanta", "target_modules": ["o_proj", "down_proj"], "dims": [5, 4, 4]},
+    {"type": "bottleneck", "rank": 5},
+]
 THREE_HEADS = {"num_heads": 3, "num_kv_heads": 1, "embed_dim": 24}
 
 
@@ -32,6 +37,14 @@ def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_model(folder / "model", **THREE_HEADS)
     sizes = {f"model__{key}": value for key, value in THREE_HEADS.items()}
     return write_run(folder, lr_scheduler=None, clip_grad_norm=None, dataset_val=None, **sizes)
+
+
+@pytest.fixture(scope="session")
+def adapted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Adapters of every type in the folder, away from their start; ranks and axes that two ranks share unevenly."""
+    folder = tmp_path_factory.mktemp("adapted")
+    write_model(folder / "model", adapters=ADAPTERS)
+    return write_run(folder, lr_scheduler=None, clip_grad_norm=None, dataset_val=None, model__adapters=ADAPTERS)
 
 
 @cache
@@ -64,6 +77,10 @@ def check(file: Path, changes: dict[str, Any], at: int = 0, sizes: tuple[int, ..
 )
 def test_ranks(even: Path, changes: dict[str, Any], at: int) -> None:
     check(even, changes, at)
+
+
+def test_ranks_adapters(adapted: Path) -> None:
+    check(adapted, {"trainable": ["adapter"], **DINT})
 
 
 def other(method: str, **options: Any) -> dict[str, Any]:

@@ -85,6 +85,19 @@ def test_saving_exporting_and_validating_change_nothing(config: Path, tmp_path: 
     assert [losses for _, losses in with_save] == [losses for _, losses in without]
 
 
+def _validate_twice(config: Path, output_dir: str) -> tuple[float, float]:
+    adapters = [{"type": "lora", "target_modules": ["q_proj", "up_proj"], "lora_alpha": 100, "lora_dropout": 0.5}]
+    trainer = start_trainer(config, {"output_dir": output_dir, "model.adapters": adapters})
+    for _ in range(3):
+        trainer._train_step(False)
+    return trainer.validate(), trainer.validate()
+
+
+def test_validation_has_no_dropout(config: Path, tmp_path: Path) -> None:
+    (first, second), *_ = run_ranks(_validate_twice, 1, config, str(tmp_path))
+    assert first == second
+
+
 def _loaded(config: Path, output_dir: str) -> tuple[dict[str, Tensor], bool]:
     trainer = start_trainer(config, {"output_dir": output_dir})
     state = trainer.model.state_dict()

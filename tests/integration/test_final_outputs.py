@@ -21,6 +21,10 @@ from tests.common.tiny_run import SIZES, read_losses
 from tests.distributed.harness import run_recipe
 from tests.integration.runs import finished_run, values
 
+ADAPTERS = (
+    "model.adapters=[{type: lora, target_modules: [q_proj, down_proj], rank: 2}, {type: bottleneck},"
+    "{type: quanta, target_modules: [o_proj, up_proj], dims: [4, 4, 4]}]"
+)
 TOKENS = torch.arange(24).view(2, 12) % SIZES["vocab_size"]
 
 
@@ -60,7 +64,8 @@ def from_adapter(base: Path, adapter: Path) -> LlamaDecoder:
     entry = json.loads((adapter / "adapter_config.json").read_text())
     sizes = spec_from_hf_config(base)
     tied = entry["base_model"]["tie_word_embeddings"]
-    model = llama3_2(**{**sizes, "method": entry["method"], **entry["method_options"], "tie_word_embeddings": tied})
+    new = {"method": entry["method"], **entry["method_options"], "adapters": entry["adapters"]}
+    model = llama3_2(**{**sizes, **new, "tie_word_embeddings": tied})
     base_spec = dataclasses.replace(model.spec, tie_word_embeddings=sizes["tie_word_embeddings"])
     load_weights(model, iter_hf_folder(base, base_spec), complete=False)
     load_weights(model, load_adapter(adapter, model.spec).items(), complete=False)
@@ -79,6 +84,7 @@ def logits(model: LlamaDecoder) -> Tensor:
         pytest.param(["model.lam=annealed", "trainable=[all]"], 2, id="annealed, everything trained, two ranks"),
         pytest.param(["untie_lm_head=true", "trainable=[adapter, lm_head]"], 1, id="untied head"),
         pytest.param(["model.method=diff", "model.factors=shared"], 1, id="diff, shared factors"),
+        pytest.param([ADAPTERS, "trainable=[adapter]"], 2, id="dint, adapters"),
     ],
 )
 def test_adapter_and_folder_are_the_live_model(config: Path, tmp_path: Path, overrides: list[str], size: int) -> None:

@@ -37,6 +37,16 @@ def test_checkpoint_right_after_a_validation(config: Path, tmp_path: Path, size:
     assert list(values(tmp_path / "cut", "validation_metrics/loss")) == [0, 2, 4]
 
 
+def test_resume_with_adapters(config: Path, tmp_path: Path) -> None:
+    """The start values, the optimizer and dropout's random state are those of the uninterrupted run."""
+    lora = "model.adapters=[{type: lora, target_modules: [q_proj, up_proj], lora_dropout: 0.2}, {type: bottleneck}]"
+    few = (lora, "trainable=[adapter]", "epochs=1", "save_every_n_steps=2")
+    finished_run(config, f"output_dir={tmp_path / 'whole'}", *few)
+    killed(config, f"output_dir={tmp_path / 'cut'}", *few, step=3)
+    finished_run(config, f"output_dir={tmp_path / 'cut'}", *few)
+    assert_same_losses(tmp_path / "cut", tmp_path / "whole")
+
+
 def test_resume_when_a_line_was_half_written(config: Path, finished: Path, tmp_path: Path) -> None:
     out = f"output_dir={tmp_path}"
     killed(config, out, step=5)

@@ -39,6 +39,8 @@ def counted(model: LlamaDecoder) -> float:
         {"method": "dint", "rank": 8, "factors": "shared"},
         {"method": "diff", "rank": None, "secondary_scale": "standard"},
         {"method": "dint", "head_dim": 64},
+        {"adapters": [{"type": "lora", "target_modules": ["q_proj", "down_proj"], "rank": 64}]},
+        {"adapters": [{"type": "quanta", "target_modules": ["o_proj", "down_proj"]}, {"type": "bottleneck"}]},
     ],
     ids=str,
 )

@@ -124,7 +124,9 @@ def test_loading_converts_the_dtype() -> None:
     assert (model.norm.scale == 0.5).all()
 
 
-@pytest.mark.parametrize("options", [{"method": "none", "rank": None}, {}, {"lam": "annealed"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"method": "none", "rank": None}, {}, {"lam": "annealed"}, {"lam_init": 0.3}], ids=str
+)
 def test_selective_gradients_are_the_same_bits(options: dict[str, Any]) -> None:
     """What is kept is what would have been computed."""
     gradients = []
