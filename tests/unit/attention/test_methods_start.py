@@ -6,11 +6,14 @@ from typing import Any
 import pytest
 import torch
 
+from lrdint_tune.attention import LAMBDA_FORMS, METHODS, method_options
 from lrdint_tune.errors import ConfigError
 from lrdint_tune.models.decoder import LlamaDecoder
 from tests.common.cases import (
+    BASE,
     CASES,
     KV_HEADS,
+    LAMBDAS,
     MAIN_LAYOUTS,
     NO_CACHE,
     NOT_THE_IDENTITY,
@@ -176,3 +179,13 @@ def test_reset_parameters_writes_every_tensor(case: MethodCase) -> None:
             assert torch.equal(tensor, first[name]), name
         else:
             assert 0.4 < tensor.std() / first[name].std() < 2.5, name
+
+
+def test_nothing_is_left_out() -> None:
+    """Every registered method, lambda form and option has a case in which it is not at its default."""
+    assert set(BASE) == set(METHODS) and set(LAMBDAS) == set(LAMBDA_FORMS)
+    of_lambda = {"lam", "lam_init", "lam_sharing", "anneal_steps", "combine"}  # the same code for all methods
+    touched = {method: {o for case in CASES if case.method == method for o in case.options} for method in METHODS}
+    assert of_lambda <= set.union(*touched.values())
+    for method in METHODS:
+        assert not set(method_options(method)) - of_lambda - touched[method], method
