@@ -50,7 +50,8 @@ def attend_static(
         ``[B, H, N, hd]`` in ``v.dtype``.
     """
     b, kv_heads, _, _ = v.shape
-    n = maps.shape[-1]
+    n = min(maps.shape[-1], layout.longest_document)  # positions that no document reaches
+    maps = maps[:, :n, :n]
     future = torch.ones(n, n, dtype=torch.bool, device=maps.device).triu(1)
     maps = maps.masked_fill(future, float("-inf")).softmax(-1) if softmax else maps.masked_fill(future, 0.0)
     maps = _per_head(maps, num_heads).to(v.dtype)  # [H, n, n]
@@ -60,9 +61,10 @@ def attend_static(
     held = (slots < places.end[..., None]).expand(b, -1, -1)
     batch = torch.arange(b, device=v.device)[:, None, None]
     values = v.transpose(1, 2)[batch, slots.clamp(max=v.shape[2] - 1).expand(b, -1, -1)]  # [B, docs, n, K, hd]
-    values = values.masked_fill(~held[..., None, None], 0.0).permute(0, 1, 3, 2, 4)
-    values = values.repeat_interleave(num_heads // kv_heads, dim=2)  # [B, docs, H, n, hd]
-    out = (maps @ values).transpose(2, 3)  # [B, docs, n, H, hd]
+    values = values.masked_fill(~held[..., None, None], 0.0).repeat_interleave(num_heads // kv_heads, dim=3)
+    # All documents are columns of one product per head, or the maps would be repeated for each of them.
+    columns = values.permute(3, 2, 0, 1, 4)  # [H, n, B, docs, hd]
+    out = (maps @ columns.flatten(2)).view(columns.shape).permute(2, 3, 1, 0, 4)  # [B, docs, n, H, hd]
 
     has_place = ((places.position >= 0) & (places.position < n) & layout.counted).expand(b, -1)
     position = places.position.clamp(0, n - 1).expand(b, -1)

@@ -246,5 +246,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"method": "lmam", "alignment": "middle"}, "alignment.*middle.*start.*end"),
     ({"method": "lmam", "position": "rope"}, "position.*rope.*pe.*none"),
     ({"method": "lmam", "inside_softmax": True, "softmax_map": True}, "softmax_map|inside_softmax"),
+    ({"method": "lmam", "full_rank": True, "rank": 5}, "rank=5"),
+    ({"method": "lmam", "full_rank": True, "position": "none"}, "position=.none"),
 ]
 """Options that are refused by name, and a pattern of the message."""
