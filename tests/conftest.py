@@ -1,13 +1,15 @@
 """Fixtures that every test may use: one thread, a fixed seed, and the folder of shared test data."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+COVERAGE = pytest.StashKey[Any]()
 
 
 def shared_data_folder() -> Path:
@@ -42,3 +44,19 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"shared test data not found at {folder} (set LRDINT_SHARED_DATA)")
     return folder
+
+
+@pytest.fixture
+def covered(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Call it with what was checked; a table of it all ends the run."""
+    from tests.common.coverage import Coverage  # here, so that other tests do without the package
+
+    return request.config.stash.setdefault(COVERAGE, Coverage()).add
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    coverage = config.stash.get(COVERAGE, None)
+    if coverage is not None:
+        terminalreporter.section("methods covered")
+        for line in coverage.table():
+            terminalreporter.write_line(line)

@@ -51,7 +51,7 @@ def attend_static(
         ``[B, H, N, hd]`` in ``v.dtype``.
     """
     b, kv_heads, _, _ = v.shape
-    n = min(maps.shape[-1], layout.num_keys)  # no document is longer
+    n = min(maps.shape[-1], layout.longest_document)  # positions that no document reaches
     maps = maps[:, :n, :n]
     places = _places(layout, n, alignment)
     slots = places.begin[..., None] + torch.arange(n, device=v.device)  # [B, docs, n]
@@ -62,13 +62,16 @@ def attend_static(
     elif softmax:  # a row sees the whole document, and nothing behind it
         hidden = ~held[:, :, None, None]
         maps = maps.masked_fill(hidden, torch.finfo(maps.dtype).min).softmax(-1)  # [B, docs, H_s, n, n]
-    maps = _per_head(maps, num_heads).to(v.dtype)  # [H, n, n]
+    maps = _per_head(maps, num_heads).to(v.dtype)  # [H, n, n], or [B, docs, H, n, n]
 
     batch = torch.arange(b, device=v.device)[:, None, None]
     values = v.transpose(1, 2)[batch, slots.clamp(max=v.shape[2] - 1).expand(b, -1, -1)]  # [B, docs, n, K, hd]
-    values = values.masked_fill(~held[..., None, None], 0.0).permute(0, 1, 3, 2, 4)
-    values = values.repeat_interleave(num_heads // kv_heads, dim=2)  # [B, docs, H, n, hd]
-    out = (maps @ values).transpose(2, 3)  # [B, docs, n, H, hd]
+    values = values.masked_fill(~held[..., None, None], 0.0).repeat_interleave(num_heads // kv_heads, dim=3)
+    if maps.dim() == 5:
+        out = torch.einsum("bdhij,bdjhe->bdihe", maps, values)  # [B, docs, n, H, hd]
+    else:  # all documents are columns of one product per head, or the maps would be repeated for each of them
+        columns = values.permute(3, 2, 0, 1, 4)  # [H, n, B, docs, hd]
+        out = (maps @ columns.flatten(2)).view(columns.shape).permute(2, 3, 1, 0, 4)
 
     has_place = ((places.position >= 0) & (places.position < n) & layout.counted).expand(b, -1)
     position = places.position.clamp(0, n - 1).expand(b, -1)

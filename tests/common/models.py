@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lrdint_tune.attention import Backend
 from lrdint_tune.models import llama3_2
 from lrdint_tune.models.decoder import LlamaDecoder
 from tests.common import reference
+from tests.common.cases import KV_HEADS, STEP, MethodCase
 
 ROPE_BASE = 10_000
 TINY: dict[str, Any] = {
@@ -49,13 +51,43 @@ def base_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def wake(model: LlamaDecoder, low: float = 0.2, high: float = 0.8) -> LlamaDecoder:
-    """Move every lambda parameter away from 0, differently in every head and layer, with both signs; in place."""
+    """Move what starts at a special value away from it, differently in every head and layer; in place.
+
+    Lambda leaves 0 with both signs, matrices leave the identity, zero factors and norms their start, LMAM's `b` -PE.
+    """
     with torch.no_grad():
         for name, parameter in model.adapter_parameters().items():
-            if name.endswith("lam.value"):
-                values = torch.empty_like(parameter).uniform_(low, high)
-                values[1::2] *= -1
-                parameter.copy_(values)
+            tail = name.split(".attn.method.")[1]
+            if tail == "lam.value":
+                parameter.uniform_(low, high)
+                parameter[1::2] *= -1
+            elif tail.startswith("lam."):  # the vectors of `exponential`, the weight of `sigmoid`
+                parameter.normal_(std=0.4)
+            elif tail in ("w_daa", "w_d", "w_dex"):
+                parameter.add_(torch.randn_like(parameter), alpha=0.5 * parameter.shape[-1] ** -0.5)
+            elif tail in ("q1.up", "k1.up"):
+                parameter.normal_(std=0.3)
+            elif tail in ("b", "w"):
+                parameter.normal_()
+            elif tail == "norm.weight":
+                parameter.uniform_(0.5, 1.5)
+    return model
+
+
+def woken_model(case: MethodCase, heads: str, **sizes: Any) -> LlamaDecoder:
+    """The model of a case with its branch awake and its schedule in the middle."""
+    model = wake(tiny_model(**case.options, num_kv_heads=KV_HEADS[heads], **sizes))
+    model.advance_schedule(STEP)
+    if case.selected is not None:
+        for layer in model.layers:
+            layer.attn.method.selected.copy_(torch.tensor(case.selected))
+    return model
+
+
+def set_backend(model: LlamaDecoder, backend: str) -> LlamaDecoder:
+    """The same weights under another kernel."""
+    for layer in model.layers:
+        layer.attn.backend = Backend.parse(backend)
     return model
 
 
@@ -66,21 +98,17 @@ def attention_of(model: LlamaDecoder, layer: int = 0, dtype: torch.dtype = torch
     return attention
 
 
-def raw_weights(attention: nn.Module, lam: Tensor | None = None) -> tuple[reference.Weights, dict[str, nn.Parameter]]:
-    """Copies of a module's tensors as the reference wants them, and the module's parameters by the same names.
+def raw_weights(attention: nn.Module) -> tuple[reference.Weights, dict[str, nn.Parameter]]:
+    """Float64 copies of a module's tensors as the reference wants them, and the module's parameters by the same names.
 
-    The copies are leaves that require gradients, so that gradients can be compared name by name.
+    Copies of parameters are leaves that require gradients, so that gradients can be compared name by name.
     """
-    names = {"wq": "q_proj.weight", "wk": "k_proj.weight", "wv": "v_proj.weight", "wo": "output_proj.weight"}
-    for which in ("q2", "k2"):
-        names[f"{which}.weight"] = f"method.{which}.weight"
-        names[f"{which}.down"] = f"method.{which}.down.weight"
-        names[f"{which}.up"] = f"method.{which}.up"
-    names["lam"] = "method.lam.value"
-    parameters = dict(attention.named_parameters())
-    assert set(parameters) <= set(names.values()), set(parameters) - set(names.values())
-    own = {short: parameters[name] for short, name in names.items() if name in parameters}
-    weights = {short: p.detach().to(torch.float64).clone().requires_grad_() for short, p in own.items()}
-    if lam is not None:
-        weights["lam"] = lam
-    return weights, own
+    base = {"q_proj.weight": "wq", "k_proj.weight": "wk", "v_proj.weight": "wv", "output_proj.weight": "wo"}
+    parameters = {base.get(name) or name.removeprefix("method."): p for name, p in attention.named_parameters()}
+    weights = {
+        base.get(name) or name.removeprefix("method."): tensor.detach().to(torch.float64, copy=True)
+        for name, tensor in attention.state_dict().items()
+    }
+    for name in parameters:
+        weights[name].requires_grad_()
+    return weights, parameters

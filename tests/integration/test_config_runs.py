@@ -18,7 +18,7 @@ from tests.distributed.harness import run_recipe
 FILES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 LLAMAS = [f for f in FILES if "lrdint_tune.models." in yaml.safe_load(f.read_text())["model"]["_component_"]]
 STEPS = 5
-LENGTH = 64
+LENGTH = 192
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def write_rows(file: Path, section: dict[str, Any], count: int) -> None:
     """Rows with the columns that the section reads."""
     lines = []
     for i in range(count):
-        question, answer = f"What is {i} plus {i + 1}? " * 4, f"It is {2 * i + 1}, as one may count. " * 4
+        question, answer = f"What is {i} plus {i + 1}?", f"It is {2 * i + 1}, as one may count."
         if section["_component_"].endswith("chat_dataset"):
             turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
             lines.append({section["conversation_column"]: turns})

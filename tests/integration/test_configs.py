@@ -9,6 +9,7 @@ import torch
 import yaml
 from torchtune.config._utils import _get_component_from_path
 
+from lrdint_tune.attention import METHODS
 from lrdint_tune.training.components import build, build_model
 from lrdint_tune.training.config import TrainConfig, load_config
 from lrdint_tune.training.trainable import optimizer_groups, set_trainable
@@ -44,6 +45,10 @@ def test_the_set_is_complete() -> None:
         "llama3_2_1b_baseline",
         "llama3_2_3b_dint",
         "llama3_1_8b_dint",
+        "llama3_1_8b_daa",
+        "llama3_1_8b_dex",
+        *(f"llama3_2_1b_{method}" for method in METHODS if method != "none"),
+        *(f"{base}_lorada_{kind}" for base in ("llama3_8b", "llama_7b", "llama2_7b") for kind in ("la", "q")),
     }
 
 
@@ -53,7 +58,7 @@ def test_model_builds(file: Path) -> None:
     set_trainable(model, cfg.trainable)
     assert all(p.is_meta for p in model.parameters())
     assert all(p.requires_grad for p in model.adapter_parameters().values())
-    assert bool(model.adapter_parameters()) == (model.spec.method != "none")
+    assert bool(model.adapter_parameters()) != model.spec.is_stock
     has_lambda = any(group.get("lr") == cfg.lam_lr for group in optimizer_groups(model, lam_lr=cfg.lam_lr))
     assert has_lambda or cfg.lam_lr is None, "lam_lr has no effect"
 
@@ -90,12 +95,26 @@ def test_header_names_the_command(file: Path) -> None:
     assert "tune run" in header
 
 
-def test_baseline_is_the_same_training() -> None:
-    dint, baseline = (
-        yaml.safe_load((FOLDER / f"llama3_2_1b_{name}.yaml").read_text()) for name in ("dint", "baseline")
-    )
-    assert baseline["model"] == {"_component_": "lrdint_tune.models.llama3_2_1b", "method": "none"}
-    for config in (dint, baseline):
-        for key in ("model", "output_dir", "lam_lr"):
+@pytest.mark.parametrize(
+    "name",
+    ["baseline", *(f.stem.removeprefix("llama3_2_1b_") for f in FILES if "control" in f.stem)],
+)
+def test_controls_are_the_same_training(name: str) -> None:
+    dint, control = (yaml.safe_load((FOLDER / f"llama3_2_1b_{n}.yaml").read_text()) for n in ("dint", name))
+    if name == "baseline":
+        assert control["model"] == {"_component_": "lrdint_tune.models.llama3_2_1b", "method": "none"}
+        assert control["trainable"] == dint["trainable"]
+    for config in (dint, control):
+        for key in ("model", "output_dir", "lam_lr", "trainable"):
             config.pop(key, None)
-    assert baseline == dint
+    assert control == dint
+
+
+def test_lora_control_has_as_many_parameters() -> None:
+    counts = []
+    for name in ("control_lora", "control_dint_adapter"):
+        cfg = load(FOLDER / f"llama3_2_1b_{name}.yaml")
+        model = build_model(cfg, total_steps=100)
+        set_trainable(model, cfg.trainable)
+        counts.append(sum(p.numel() for p in model.parameters() if p.requires_grad))
+    assert counts == [16 * 672_256, 16 * 675_872]

@@ -22,6 +22,7 @@ from lrdint_tune.errors import ConfigError
 
 POSITIONS = ("pe", "none")
 INERT_SCALE = 1e-5
+DEFAULT_RANK = 2
 
 
 class Lmam(AttentionMethod):
@@ -35,7 +36,7 @@ class Lmam(AttentionMethod):
         shape: the layer's sizes.
         heads: ``H_s``, a divisor of ``H``; None takes ``H``.
         n: positions.
-        rank: ``r``.
+        rank: ``r``; None takes 2.
         scale: ``s``. Seed 004 prints 1/255 (RoBERTa) to 1/(4096·600) (LLaMA), at which the map hardly moves.
         alignment: ``start``, the first ``n`` positions of each document; or ``end``, its last ``n`` (the seed's
             long-sequence form), which depends on the final length: no KV cache.
@@ -58,7 +59,7 @@ class Lmam(AttentionMethod):
         *,
         heads: int | None = None,
         n: int = 128,
-        rank: int = 2,
+        rank: int | None = None,
         scale: float = 1 / 255,
         alignment: str = "start",
         position: str = "pe",
@@ -71,7 +72,6 @@ class Lmam(AttentionMethod):
         if shape.num_heads % heads:
             raise ConfigError(f"heads={heads}: must divide the model's {shape.num_heads} query heads")
         positive_int("n", n)
-        positive_int("rank", rank)
         self.scale = positive_number("scale", scale)
         if scale < INERT_SCALE:
             warn_once(f"scale={scale:g}: leaves the map nearly where it starts; try 1/255, or a larger learning rate")
@@ -88,8 +88,12 @@ class Lmam(AttentionMethod):
                 "use alignment=start"
             )
         if full_rank:
+            for option, value, default in (("rank", rank, None), ("position", position, "pe")):
+                if value != default:
+                    raise ConfigError(f"{option}={value!r}: has no effect with full_rank=true; remove it")
             self.w = nn.Parameter(torch.empty(heads, n, n))
         else:
+            rank = DEFAULT_RANK if rank is None else positive_int("rank", rank)
             self.a = nn.Parameter(torch.empty(heads, n, rank))
             self.b = nn.Parameter(torch.empty(heads, rank, n))
         self.reset_parameters()

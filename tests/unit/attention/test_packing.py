@@ -1,42 +1,9 @@
-"""A pack of documents computes, for every document, what the document computes alone."""
+"""The gradients of a pack, and the mask that describes it. Outputs, for every method: test_methods_rows.py."""
 
-from typing import Any
-
-import pytest
 import torch
 
 from lrdint_tune.attention import DocumentMask
 from tests.common.models import TINY, tiny_model, wake
-
-METHODS: dict[str, dict[str, Any]] = {
-    "none": {"method": "none"},
-    "diff": {"method": "diff", "rank": 3},
-    "dint": {"method": "dint", "rank": 3},
-    "dint_annealed": {"method": "dint", "rank": 3, "lam": "annealed", "anneal_steps": 10},
-    "dint_sequence": {"method": "dint", "rank": 3, "integral": "sequence", "allow_future_leak": True},
-}
-LENGTHS = [[6, 1, 9], [11, 5]]
-
-
-@pytest.mark.usefixtures("uncompiled")
-@pytest.mark.parametrize("with_positions", [True, False], ids=["restarting", "running"])
-@pytest.mark.parametrize("dense", [False, True], ids=["document_mask", "dense_mask"])
-@pytest.mark.parametrize("backend", ["eager", "sdpa", "flex"])
-@pytest.mark.parametrize("method", METHODS)
-def test_packed_equals_unpacked(method: str, backend: str, dense: bool, with_positions: bool) -> None:
-    model = wake(tiny_model(attention_backend=backend, **METHODS[method]))
-    model.advance_schedule(4)
-    documents = DocumentMask(LENGTHS)
-    tokens = torch.randint(TINY["vocab_size"], (2, 16))
-    positions = documents.input_pos("cpu") if with_positions else None
-    with torch.no_grad():
-        packed = model(tokens, mask=documents.to_dense("cpu") if dense else documents, input_pos=positions)
-        for row, row_lengths in enumerate(LENGTHS):
-            start = 0
-            for length in row_lengths:
-                alone = model(tokens[row : row + 1, start : start + length])
-                torch.testing.assert_close(packed[row, start : start + length], alone[0], rtol=1e-4, atol=3e-6)
-                start += length
 
 
 def test_gradients_of_a_pack_are_the_sum_of_its_documents() -> None:
