@@ -60,7 +60,7 @@ def add_adapters(layers: Sequence[HostLayer], adapters: Sequence[dict[str, Any]]
             weight = layer.value.weight
             with torch.device(weight.device):
                 parallel = ParallelBottleneck(Bottleneck(layer.shape.embed_dim, **options)).to(weight.dtype)
-            layer.ffn_out.bottleneck = parallel
+            layer.ffn_out.bottleneck = parallel.train(layer.attention.training)
             layer.ffn_in.register_forward_pre_hook(partial(ParallelBottleneck.enter, parallel))
             layer.ffn_out.register_forward_hook(partial(ParallelBottleneck.leave, parallel))
     return checked

@@ -87,8 +87,8 @@ def attach(
         raise ConfigError(f"method={method!r}: the model has a method already; attach to a fresh model")
     if method in METHODS and method not in SUPPORTED:
         raise ConfigError(
-            f"method={method!r}: keeps keys or sums of its own, for which a transformers cache has no place; use a "
-            f"model of lrdint_tune.models, or one of {', '.join(SUPPORTED)}"
+            f"method={method!r}: not for transformers models, whose caches have no place for keys or sums of its own; "
+            f"use one of {', '.join(SUPPORTED)}, or a model of lrdint_tune.models"
         )
     options = {**method_options(method), **options}
     if architecture.rotary and method == "daa" and options["position"] == "before":
@@ -137,7 +137,7 @@ def _build(method: str, layer: HostLayer, options: dict[str, Any]) -> AttentionM
         owner = module.get_submodule(name.rpartition(".")[0])
         if not isinstance(owner, LambdaForm):
             parameter.data = parameter.data.to(weight.dtype)
-    return module
+    return module.train(layer.attention.training)
 
 
 def _put(layer: HostLayer, method: AttentionMethod) -> None:

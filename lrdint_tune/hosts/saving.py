@@ -31,7 +31,7 @@ def save(model: PreTrainedModel, folder: str | Path) -> None:
 
     Files: ``method.safetensors`` (the new tensors), ``trained_base.safetensors`` (the parameters of the base with
     ``requires_grad``, if any) and ``method.json``. The folder appears whole or not at all, and replaces one that an
-    earlier save left.
+    earlier save left. (``model.save_pretrained`` writes weights that transformers loads without the method.)
 
     Raises:
         ConfigError: no method is attached, or ``folder`` holds something that this function did not save.

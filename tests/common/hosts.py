@@ -113,7 +113,7 @@ def wake(model: PreTrainedModel) -> None:
     with torch.no_grad():
         for name, parameter in method_parameters(model).items():
             if ".lam." in name:
-                parameter.copy_(torch.linspace(0.3, 0.9, parameter.numel()))
+                parameter.copy_(torch.linspace(0.3, 0.9, parameter.numel()).view_as(parameter))
             else:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
     for method in methods(model):

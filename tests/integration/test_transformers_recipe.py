@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +81,7 @@ def replaced(folder: Path, name: str) -> dict[str, Any]:
     return {key: str(value) for key, value in keys.items()}
 
 
+@pytest.mark.slow
 def test_five_steps(name: str, tmp_path: Path) -> None:
     given = [f"{key}={value}" for key, value in replaced(tmp_path, name).items()]
     command = [TUNE, "run", RECIPE, "--config", f"configs/{name}.yaml", *given]
@@ -141,13 +141,20 @@ def test_accumulation_gives_the_same_losses(name: str, tmp_path: Path) -> None:
         assert losses[1][step] == pytest.approx(loss, rel=1e-4), step
 
 
-def test_control_and_top_entropy(tmp_path: Path) -> None:
-    control = {"model__method": "none", "model__lam": None, "model__lam_init": None, "trainable": ["attention"]}
-    Finetuning(config_of(tmp_path, "gpt2_daa", max_seq_len=64, **control)).train()
-    folder = tmp_path / "dex"
-    folder.mkdir()
+def test_controls_of_the_headers(name: str, tmp_path: Path) -> None:
+    header = (REPOSITORY / "configs" / f"{name}.yaml").read_text().split("\noutput_dir:")[0]
+    command = next(line for line in header.splitlines() if "~" in line).strip("# ").split()
+    control: dict[str, Any] = {word[1:]: None for word in command if word.startswith("~")}
+    assert "model.method=none" in command and len(control) in (2, 4)
+    control |= {"model.method": "none", "trainable": ["attention"] if name == "gpt2_daa" else ["adapter", "head"]}
+    run = Finetuning(config_of(tmp_path, name, max_seq_len=64, **control))
+    run.train()
+    assert {type(m).__name__ for m in methods(run.model)} == {"NoMethod"}
+
+
+def test_top_entropy(tmp_path: Path) -> None:
     options = {"model__method": "dex", "model__heads": "top_entropy", "calibration_batches": 2}
-    run = Finetuning(config_of(folder, "gpt2_daa", max_seq_len=64, **options))
+    run = Finetuning(config_of(tmp_path, "gpt2_daa", max_seq_len=64, **options))
     run.train()
     assert [m.selected.sum().item() for m in methods(run.model)] == [2, 2]
 
@@ -163,11 +170,6 @@ def test_nonfinite_loss_saves_nothing(name: str, tmp_path: Path) -> None:
     with pytest.raises(NonFiniteLossError, match=r"step 1: loss nan.*rows \[.*nothing was updated"):
         run.train()
     assert not (tmp_path / "out" / "adapter").exists()
-
-
-def foreign_output(folder: Path) -> None:
-    (folder / "out" / "adapter").mkdir(parents=True)
-    (folder / "out" / "adapter" / "mine.txt").write_text("keep")
 
 
 @pytest.mark.parametrize(
@@ -204,9 +206,10 @@ def test_refusals(config: str, changes: dict[str, Any], message: str, tmp_path: 
         Finetuning(config_of(tmp_path, config, **changes))
 
 
-@pytest.mark.parametrize("write", [foreign_output])
-def test_output_that_is_not_ours(write: Callable[[Path], None], tmp_path: Path) -> None:
-    write(tmp_path)
+def test_output_that_is_not_ours(tmp_path: Path) -> None:
+    folder = tmp_path / "out" / "adapter"
+    folder.mkdir(parents=True)
+    (folder / "mine.txt").write_text("keep")
     with pytest.raises(ConfigError, match="was not saved by lrdint_tune.hosts"):
         Finetuning(config_of(tmp_path, "gpt2_daa"))
 

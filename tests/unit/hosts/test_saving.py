@@ -11,7 +11,7 @@ from lrdint_tune.errors import ConfigError
 from lrdint_tune.hosts import advance_schedule, attach, calibrate, load, methods, save, set_trainable
 from tests.common.hosts import CASES, SUPPORTED, inputs, tiny, tokens, wake
 
-BOTTLENECK = [{"type": "bottleneck", "rank": 3}]
+BOTTLENECK = [{"type": "bottleneck", "rank": 3, "dropout": 0.5}]
 
 
 @pytest.mark.parametrize(("host", "method"), CASES)

@@ -65,6 +65,25 @@ def test_cached_decoding(host: str, method: str, padded: bool, pieces: list[int]
     torch.testing.assert_close(torch.cat(got, 1)[real], expected[real], **TOLERANCE)
 
 
+@pytest.mark.parametrize(
+    ("host", "method", "options"),
+    [
+        ("gpt2", "daa", {"lam": "sigmoid"}),
+        ("gpt2", "diffv", {"lam": "sigmoid"}),
+        ("llama", "diffv", {"lam": "sigmoid", "lam_sharing": "layer"}),
+        ("llama", "dex", {"lam": "exponential"}),
+        ("llama", "lmam", {"inside_softmax": True}),
+        ("gpt2", "lmam", {"softmax_map": True}),
+    ],
+)
+def test_cached_decoding_of_other_forms(host: str, method: str, options: dict[str, Any]) -> None:
+    model, ids = awake(host, method, **options), tokens()
+    first = model(ids[:, :5], use_cache=True)
+    second = model(ids[:, 5:], past_key_values=first.past_key_values, use_cache=True)
+    got = torch.cat([first.logits, second.logits], 1)
+    torch.testing.assert_close(got, model(ids, use_cache=False).logits, **TOLERANCE)
+
+
 @pytest.mark.parametrize(("host", "method"), [case for case in CASES if case[0] != "roberta"])
 def test_generate_with_and_without_cache(host: str, method: str) -> None:
     model, ids = awake(host, method), tokens()

@@ -114,7 +114,7 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
         wake(model)
         model.train()
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
         model(tokens(), use_cache=False).logits.square().sum().backward()
         gradients.append([p.grad for p in method_parameters(model).values()])
     for expected, got in zip(*gradients, strict=True):
