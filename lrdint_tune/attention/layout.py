@@ -231,8 +231,9 @@ class Layout:
             first = self._dense.to(torch.uint8).argmax(-1)
         else:  # it begins in this call: the last row that begins one
             first = torch.where(self.document_starts, rows, 0).cummax(1).values
-        docs = int(index.max()) + 1
-        shape = (index.shape[0], docs)
+        # Known without asking the device where it can be.
+        last = int(index.max()) if self.documents is None else max(map(len, self.documents.lengths))
+        shape = (index.shape[0], last + 1)
         hidden = ~self.counted
         begin = torch.zeros(shape, dtype=torch.int64, device=self.device)
         begin = begin.scatter_reduce(1, index, first.masked_fill(hidden, 0), "amax")

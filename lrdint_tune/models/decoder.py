@@ -123,8 +123,11 @@ class LlamaDecoder(TransformerDecoder):
             reduce: adds a float32 tensor up over processes, in place; None for one process.
         """
         sums = [method.start_calibration() for method in self.methods()]
+        training = self.training
+        self.eval()  # the adapters' dropout
         for batch in batches:
             self(**batch)
+        self.train(training)
         for method, total in zip(self.methods(), sums, strict=True):
             if reduce is not None:
                 reduce(total)

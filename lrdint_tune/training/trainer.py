@@ -15,20 +15,19 @@ import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from lrdint_tune.attention import DocumentMask
 from lrdint_tune.errors import ConfigError
-from lrdint_tune.export import plan_export
 from lrdint_tune.models.decoder import LlamaDecoder
 from lrdint_tune.models.hf import check_hf_config, iter_hf_folder, weights_digest
 from lrdint_tune.models.spec import ModelSpec
-from lrdint_tune.training import parallel
+from lrdint_tune.training import parallel, startup
 from lrdint_tune.training.checkpoint import CheckpointManager, check_same_run
 from lrdint_tune.training.components import accumulation_steps, build, build_loader, build_model, build_tokenizer
 from lrdint_tune.training.config import TrainConfig
 from lrdint_tune.training.data import Batch, BatchLoader
 from lrdint_tune.training.flops import training_flops_per_token
+from lrdint_tune.training.gradients import adapter_norms, total_norm
 from lrdint_tune.training.metrics import Progress, TensorBoardLogger, Throughput, memory_values
 from lrdint_tune.training.results import write_results
 from lrdint_tune.training.trainable import LAMBDA_GROUP, optimizer_groups, parameter_table, set_trainable
@@ -80,27 +79,9 @@ class Trainer:
         self.spec = model.spec
         set_trainable(model, cfg.trainable)
         self.base_digest = weights_digest(self.checkpoint_dir)
-        if self.checkpoint_dir.resolve() == (self.output_dir / "hf").resolve():
-            raise ConfigError(
-                f"output_dir={cfg.output_dir!r}: its hf folder is checkpointer.checkpoint_dir and would be "
-                "replaced; choose another"
-            )
-        if self.spec.leaks_future:
-            log.warning(
-                "integral=sequence: future tokens reach the past. Training loss and ordinary validation loss are NOT "
-                "language-model losses, and nothing will be exported; this run measures the leak."
-            )
-        else:
-            plan_export(
-                model.state_dict(), self.spec, output_dirs=(self.output_dir / "adapter", self.output_dir / "hf")
-            )
-
-        if cfg.calibration_batches is not None and not model.needs_calibration:
-            log.warning(
-                "calibration_batches=%s has no effect: only heads=top_entropy calibrates", cfg.calibration_batches
-            )
-        if not all(method.starts_as_identity for method in model.methods()) and world.is_main:
-            log.warning("λ is not 0 at the start: the model begins as another function than the pretrained one")
+        startup.check_outputs(model, cfg)
+        if world.is_main:
+            startup.warn(model, cfg)
         self.recorder = build("metric_logger", cfg.metric_logger or self._default_logger())
         if not isinstance(self.recorder, TensorBoardLogger):
             raise ConfigError(f"metric_logger={cfg.metric_logger}: use lrdint_tune.training.metrics.TensorBoardLogger")
@@ -310,7 +291,7 @@ class Trainer:
         loss = torch.stack(losses).sum().double()
         dist.all_reduce(loss)
         average = loss.item() / label_tokens
-        norm = _total_norm(self.trained)
+        norm = total_norm(self.trained)
         if not math.isfinite(average) or not math.isfinite(norm):
             self._stop_for_nonfinite(average, norm, batches, losses)
 
@@ -323,7 +304,7 @@ class Trainer:
             if self.world.is_main:
                 values |= {tag: value.item() for tag, value in self.model.diagnostics().items()}
             if not self.spec.is_stock:
-                values |= self._adapter_grad_norms()
+                values |= adapter_norms(self.model, self.world)
         if self.cfg.clip_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(
                 self.trained, self.cfg.clip_grad_norm, torch.tensor(norm, device=self.world.device)
@@ -391,16 +372,6 @@ class Trainer:
             + (f"checkpoint step-{kept[-1]} stands" if kept else "there is no checkpoint yet")
         )
 
-    def _adapter_grad_norms(self) -> dict[str, float]:
-        """Gradient norm of each layer's new tensors."""
-        squares = torch.zeros(self.spec.num_layers, device=self.world.device)
-        for name, parameter in self.model.adapter_parameters().items():
-            if parameter.grad is not None:
-                grad = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
-                squares[int(name.split(".")[1])] += grad.float().square().sum()
-        dist.all_reduce(squares, group=self.world.mesh.get_group("shard"))
-        return {f"adapter_grad_norm/layers.{i}": value for i, value in enumerate(squares.sqrt().tolist())}
-
     def _open_recorder(self) -> TensorBoardLogger | None:
         if not self.world.is_main:
             return None
@@ -424,8 +395,3 @@ class Trainer:
 
 def _rows(batches: list[Batch]) -> list[int]:
     return sorted({int(row) for batch in batches for row in batch.row_ids})
-
-
-def _total_norm(parameters: list[torch.nn.Parameter]) -> float:
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    return float((norm.full_tensor() if isinstance(norm, DTensor) else norm).item())

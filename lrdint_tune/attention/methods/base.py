@@ -62,10 +62,10 @@ class AttentionMethod(nn.Module, ABC):
             if isinstance(child, LambdaForm):
                 child.advance(step)
 
-    @property
-    def starts_as_identity(self) -> bool:
-        """Whether the first forward is the pretrained model's."""
-        return all(child.starts_at_zero for child in self.children() if isinstance(child, LambdaForm))
+    def differs_at_start(self) -> list[str]:
+        """Why the first forward is not the pretrained model's, option by option; empty if it is."""
+        forms = [child for child in self.children() if isinstance(child, LambdaForm)]
+        return [f"λ is not 0 at the start with lam={form.name}" for form in forms if not form.starts_at_zero]
 
     # A method whose start depends on the data (which heads to act on) looks at some batches first.
 

@@ -107,9 +107,8 @@ class Lmam(AttentionMethod):
         with torch.no_grad():
             self.b.copy_(-self._pe(self.b) if self.with_pe else torch.zeros_like(self.b))
 
-    @property
-    def starts_as_identity(self) -> bool:
-        return not self.softmax_map
+    def differs_at_start(self) -> list[str]:
+        return ["softmax_map adds a map whose rows sum to 1"] if self.softmax_map else []
 
     def forward(self, ctx: AttentionContext) -> Tensor:
         maps = self.maps()

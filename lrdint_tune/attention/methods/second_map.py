@@ -75,9 +75,8 @@ class SecondMap(DifferentialMethod):
             )
             self.norm = nn.RMSNorm(hd, eps=1e-5)
 
-    @property
-    def starts_as_identity(self) -> bool:
-        return self.norm is None and super().starts_as_identity
+    def differs_at_start(self) -> list[str]:
+        return super().differs_at_start() + ([] if self.norm is None else ["sublayer_norm normalises the output"])
 
     def noise(self, ctx: AttentionContext) -> Tensor:
         """``O2 = A2 v``, ``[B, H, N, hd]``."""

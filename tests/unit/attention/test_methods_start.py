@@ -41,7 +41,7 @@ def test_step_zero_is_the_identity(case: MethodCase, heads: str, covered: Any) -
     """Or, for the exceptions, visibly not."""
     plain, model = fresh_pair(case, heads)
     reason = exception(NOT_THE_IDENTITY, case)
-    assert all(method.starts_as_identity == (reason is None) for method in model.methods())
+    assert all((not method.differs_at_start()) == (reason is None) for method in model.methods())
     tolerance = 1e-5 if case.options.get("inside_softmax") else 1e-6  # sdpa with a bias is another kernel
     tokens = torch.randint(TINY["vocab_size"], (BATCH, LENGTH))
     for name in MAIN_LAYOUTS:

@@ -1,0 +1,44 @@
+"""What is checked and said about a model before a run, on the meta device."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from lrdint_tune.errors import ConfigError
+from lrdint_tune.export import plan_export
+from lrdint_tune.models.decoder import LlamaDecoder
+from lrdint_tune.training.config import TrainConfig
+
+log = logging.getLogger(__name__)
+
+
+def check_outputs(model: LlamaDecoder, cfg: TrainConfig) -> None:
+    """That the results can be written, and overwrite nothing.
+
+    Raises:
+        ConfigError: they would replace the pretrained weights or a foreign folder, or a tensor has no name in the
+            exported files.
+    """
+    adapter, hf = (Path(cfg.output_dir) / name for name in ("adapter", "hf"))
+    if Path(cfg.checkpointer["checkpoint_dir"]).resolve() == hf.resolve():
+        raise ConfigError(
+            f"output_dir={cfg.output_dir!r}: its hf folder is checkpointer.checkpoint_dir and would be "
+            "replaced; choose another"
+        )
+    if not model.spec.leaks_future:  # a leaking model is not exported
+        plan_export(model.state_dict(), model.spec, output_dirs=(adapter, hf))
+
+
+def warn(model: LlamaDecoder, cfg: TrainConfig) -> None:
+    """Log what a user may not expect of this model and config."""
+    if model.spec.leaks_future:
+        log.warning(
+            "integral=sequence: future tokens reach the past. Training loss and ordinary validation loss are NOT "
+            "language-model losses, and nothing will be exported; this run measures the leak."
+        )
+    reasons = sorted({reason for method in model.methods() for reason in method.differs_at_start()})
+    if reasons:
+        log.warning("the model does not begin as the pretrained one: %s", "; ".join(reasons))
+    if cfg.calibration_batches is not None and not model.needs_calibration:
+        log.warning("calibration_batches has no effect: only heads=top_entropy calibrates")
