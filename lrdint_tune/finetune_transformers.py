@@ -81,9 +81,10 @@ class Finetuning:
         if cfg.max_seq_len > max_length(model):
             raise ConfigError(f"max_seq_len={cfg.max_seq_len}: the model's limit is {max_length(model)}; lower it")
         if cfg.calibration_batches is not None and not any(m.needs_calibration for m in methods(model)):
-            log.warning(
-                "calibration_batches=%s has no effect: only heads=top_entropy calibrates", cfg.calibration_batches
-            )
+            log.warning("calibration_batches has no effect: only heads=top_entropy calibrates")
+        reasons = sorted({reason for method in methods(model) for reason in method.differs_at_start()})
+        if reasons:
+            log.warning("the model does not begin as the pretrained one: %s", "; ".join(reasons))
         tokenizer = build_tokenizer(cfg.tokenizer)
         self.loader = self._loader("dataset", cfg.dataset, tokenizer, model)
         self.loader_val = None

@@ -152,6 +152,13 @@ def test_controls_of_the_headers(name: str, tmp_path: Path) -> None:
     assert {type(m).__name__ for m in methods(run.model)} == {"NoMethod"}
 
 
+def test_warnings(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    options = {"model__lam": "sigmoid", "model__lam_init": None, "calibration_batches": 2}
+    Finetuning(config_of(tmp_path, "gpt2_daa", max_seq_len=64, **options))
+    assert "does not begin as the pretrained one" in caplog.text
+    assert "calibration_batches has no effect" in caplog.text
+
+
 def test_top_entropy(tmp_path: Path) -> None:
     options = {"model__method": "dex", "model__heads": "top_entropy", "calibration_batches": 2}
     run = Finetuning(config_of(tmp_path, "gpt2_daa", max_seq_len=64, **options))

@@ -81,7 +81,8 @@ def test_cached_decoding_of_other_forms(host: str, method: str, options: dict[st
     first = model(ids[:, :5], use_cache=True)
     second = model(ids[:, 5:], past_key_values=first.past_key_values, use_cache=True)
     got = torch.cat([first.logits, second.logits], 1)
-    torch.testing.assert_close(got, model(ids, use_cache=False).logits, **TOLERANCE)
+    # λ is float32.
+    torch.testing.assert_close(got, model(ids, use_cache=False).logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("host", "method"), [case for case in CASES if case[0] != "roberta"])

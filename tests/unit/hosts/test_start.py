@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lrdint_tune.hosts import advance_schedule, attach, method_parameters, methods, set_trainable
+from lrdint_tune.hosts import advance_schedule, attach, method_parameters, set_trainable
 from tests.common.hosts import CASES, SUPPORTED, inputs, right_padded, tiny, tokens, wake
 
 
@@ -78,13 +78,15 @@ def test_a_copied_model_has_its_own_method(method: str) -> None:
     assert not torch.allclose(copied(tokens()).logits, expected)
 
 
-def test_dtypes() -> None:
+@pytest.mark.parametrize(("host", "method"), CASES)
+def test_dtypes(host: str, method: str) -> None:
     """New matrices in the model's dtype, λ in float32, logits in the model's dtype."""
-    model = attach(tiny("gpt2", torch.bfloat16), "daa")
+    model = attach(tiny(host, torch.bfloat16), method, **SUPPORTED[host][method])
     wake(model)
-    method = methods(model)[0]
-    assert method.w_daa.dtype == torch.bfloat16 and method.lam.value.dtype == torch.float32
-    assert model(tokens()).logits.dtype == torch.bfloat16
+    for name, parameter in method_parameters(model).items():
+        assert parameter.dtype == (torch.float32 if ".lam." in name else torch.bfloat16), name
+    logits = model(**inputs(host, *right_padded(tokens(), 6))).logits
+    assert logits.dtype == torch.bfloat16 and logits.isfinite().all()
 
 
 @pytest.mark.parametrize("method", ["daa", "dex", "diffq", "diffv", "lmam"])
