@@ -55,6 +55,7 @@ def add_adapters(layers: Sequence[HostLayer], adapters: Sequence[dict[str, Any]]
                 f"adapters[{i}].type={entry['type']!r}: not for transformers models; use {Bottleneck.name}, or a model "
                 "of lrdint_tune.models"
             )
+    for entry in checked:
         options = {name: value for name, value in entry.items() if name != "type"}
         for layer in layers:
             weight = layer.value.weight

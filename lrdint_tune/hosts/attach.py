@@ -8,7 +8,7 @@ host caches ``v'``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
 
@@ -110,7 +110,7 @@ def attach(
         _put(layer, module)
     if method != "diffv":
         model.set_attn_implementation(IMPLEMENTATION)
-    cast(Any, model).lrdint_tune = Attached(**{**vars(state), "adapters": checked})
+    cast(Any, model).lrdint_tune = replace(state, adapters=checked)
     return model
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lrdint_tune.attention import AttentionShape, Backend
+from lrdint_tune.attention import Backend
 from lrdint_tune.attention.context import AttentionContext, Projections
 from lrdint_tune.hosts.architectures import HostLayer
 from lrdint_tune.hosts.layout import host_layout
@@ -103,10 +103,9 @@ class ValueContext(AttentionContext):
     """
 
     def __init__(self, x: Tensor, v: Tensor, *, layer: HostLayer) -> None:
-        shape: AttentionShape = layer.shape
         layout = host_layout(None, causal=True, num_queries=x.shape[1], num_keys=x.shape[1], device=x.device)
         super().__init__(
-            x, shape=shape, projections=_projections(layer), layout=layout, cache=None, backend=Backend.SDPA
+            x, shape=layer.shape, projections=_projections(layer), layout=layout, cache=None, backend=Backend.SDPA
         )
         self._projected = v
         self.q = self.k = v.new_empty(0)

@@ -36,8 +36,8 @@ CLASSES = "GPT2LMHeadModel, RobertaForSequenceClassification, BartForConditional
         (
             "gpt2",
             "none",
-            {"adapters": [{"type": "lora", "target_modules": ["q_proj"]}]},
-            r"adapters\[0\].type='lora': not for transformers models; use bottleneck",
+            {"adapters": [{"type": "bottleneck"}, {"type": "lora", "target_modules": ["q_proj"]}]},
+            r"adapters\[1\].type='lora': not for transformers models; use bottleneck",
         ),
     ],
 )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lrdint_tune.errors import ConfigError
-from lrdint_tune.hosts import attach
+from lrdint_tune.hosts import attach, methods
 from tests.common.hosts import CASES, CAUSAL, PAD, SUPPORTED, inputs, right_padded, tiny, tokens, wake
 
 TOLERANCE: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-9}
@@ -145,3 +145,16 @@ def test_barts_default_for_lmam_is_the_encoder() -> None:
     everywhere = attach(tiny("bart"), "daa")
     carriers = {name.split(".method.")[0] for name in everywhere.state_dict() if ".method." in name}
     assert carriers == {f"model.{s}.layers.{i}.self_attn" for s in ("encoder", "decoder") for i in range(2)}
+
+
+@pytest.mark.parametrize("host", ["gpt2", "roberta", "llama"])
+def test_entropy_counts_no_padding(host: str) -> None:
+    model = attach(tiny(host), "dex", heads="top_entropy")
+    ids, mask = right_padded(tokens(), 7)
+    entropies = []
+    for given in ({"input_ids": ids[:1], "attention_mask": mask[:1]}, {"input_ids": ids[:1, :7]}):
+        sums = [method.start_calibration() for method in methods(model)]
+        model(**given)
+        entropies.append(torch.stack(sums))
+    torch.testing.assert_close(*entropies, rtol=1e-5, atol=1e-6)
+    assert entropies[0].min() > 0
