@@ -74,7 +74,8 @@ def check_adapters(adapters: Any) -> list[dict[str, Any]]:
 
 
 def attach_adapters(layers: Iterable[nn.Module], adapters: Iterable[Mapping[str, Any]]) -> None:
-    """Attach checked adapters to each of torchtune's transformer layers, on the device of what they adapt.
+    """Attach checked adapters to each of torchtune's transformer layers, on the device and in the dtype of what they
+    adapt.
 
     Args:
         layers: with ``attn.q_proj`` ... ``mlp.w3``.
@@ -88,8 +89,10 @@ def attach_adapters(layers: Iterable[nn.Module], adapters: Iterable[Mapping[str,
             options = {name: value for name, value in entry.items() if name not in ("type", "target_modules")}
             for path in target_paths(entry):
                 module = layer.get_submodule(path)
-                with next(module.parameters()).device:
-                    attach(module, entry["type"], ADAPTERS[entry["type"]].for_module(module, **options))
+                like = next(module.parameters())
+                with like.device:
+                    adapter = ADAPTERS[entry["type"]].for_module(module, **options)
+                attach(module, entry["type"], adapter.to(like.dtype) if like.is_floating_point() else adapter)
 
 
 def target_paths(entry: Mapping[str, Any]) -> list[str]:

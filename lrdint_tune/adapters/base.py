@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-
-from lrdint_tune.errors import ConfigError
 
 
 class Adapter(nn.Module, ABC):
@@ -95,21 +92,3 @@ def _add_updates(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) ->
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
-
-
-def check_rank(key: str, value: Any) -> None:
-    """Raises ConfigError unless ``value`` is an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{key}={value!r}: must be an integer of at least 1")
-
-
-def check_positive(key: str, value: Any) -> None:
-    """Raises ConfigError unless ``value`` is a positive, finite number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise ConfigError(f"{key}={value!r}: must be a positive number")
-
-
-def check_dropout(key: str, value: Any) -> None:
-    """Raises ConfigError unless ``value`` is a number of at least 0 and below 1."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-        raise ConfigError(f"{key}={value!r}: must be a number of at least 0 and below 1")

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrdint_tune.adapters.base import Adapter, check_dropout, check_positive, check_rank
+from lrdint_tune import options
+from lrdint_tune.adapters.base import Adapter
 
 
 class Bottleneck(Adapter):
@@ -31,9 +32,9 @@ class Bottleneck(Adapter):
 
     def __init__(self, embed_dim: int, *, rank: int = 16, scale: float = 4.0, dropout: float = 0.0) -> None:
         super().__init__()
-        check_rank("adapters.bottleneck.rank", rank)
-        check_positive("adapters.bottleneck.scale", scale)
-        check_dropout("adapters.bottleneck.dropout", dropout)
+        options.positive_int("adapters.bottleneck.rank", rank)
+        options.number("adapters.bottleneck.scale", scale, positive=True)
+        options.dropout("adapters.bottleneck.dropout", dropout)
         self.scale = scale
         self.down = nn.Linear(embed_dim, rank)
         self.dropout = nn.Dropout(dropout)

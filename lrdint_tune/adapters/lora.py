@@ -10,8 +10,8 @@ import math
 
 from torch import Tensor, nn
 
-from lrdint_tune.adapters.base import LinearAdapter, at_least_float32, check_dropout, check_positive, check_rank
-from lrdint_tune.errors import ConfigError
+from lrdint_tune.adapters.base import LinearAdapter, at_least_float32
+from lrdint_tune.options import dropout, flag, number, positive_int
 
 
 class LoRA(LinearAdapter):
@@ -43,12 +43,10 @@ class LoRA(LinearAdapter):
         use_rslora: bool = False,
     ) -> None:
         super().__init__(in_features, out_features)
-        check_rank("adapters.lora.rank", rank)
-        check_positive("adapters.lora.lora_alpha", lora_alpha)
-        check_dropout("adapters.lora.lora_dropout", lora_dropout)
-        if not isinstance(use_rslora, bool):
-            raise ConfigError(f"adapters.lora.use_rslora={use_rslora!r}: must be true or false")
-        self.scale = lora_alpha / (math.sqrt(rank) if use_rslora else rank)
+        positive_int("adapters.lora.rank", rank)
+        number("adapters.lora.lora_alpha", lora_alpha, positive=True)
+        dropout("adapters.lora.lora_dropout", lora_dropout)
+        self.scale = lora_alpha / (math.sqrt(rank) if flag("adapters.lora.use_rslora", use_rslora) else rank)
         self.dropout = nn.Dropout(lora_dropout)
         self.a = nn.Linear(in_features, rank, bias=False)
         self.b = nn.Linear(rank, out_features, bias=False)

@@ -147,7 +147,7 @@ class RunningState:
 
 
 def running_mean(o: Tensor, layout: Layout, state: RunningState | None = None) -> Tensor:
-    """Prefix mean over the rows of a document: ``out[i] = 1/c_i sum_{m <= i, same document} o[m]`` (methods.md 1.1).
+    """Prefix mean over the rows of a document: ``out[i] = 1/c_i sum_{m <= i, same document} o[m]`` (docs/methods.md).
 
     With ``o = A1 v`` this is ``A3 v`` for the causal ``A3[i, j] = 1/(i+1) sum_{m <= i} A1[m, j]``: no ``N x N`` map.
     Rows that may see no key (padding) are not counted, and receive 0.
@@ -189,7 +189,7 @@ def _continued_mean(x: Tensor, layout: Layout, state: RunningState) -> Tensor:
 
 
 def integral(o1: Tensor, o2: Tensor, lam: Tensor, layout: Layout, state: RunningState | None = None) -> Tensor:
-    """``O1 + λ (mean(O1) - O2)`` with :func:`running_mean` for the mean (methods.md 1.1).
+    """``O1 + λ (mean(O1) - O2)`` with :func:`running_mean` for the mean (docs/methods.md).
 
     Args:
         o1, o2: ``[B, H, N, hd]``.
@@ -207,7 +207,7 @@ def integral(o1: Tensor, o2: Tensor, lam: Tensor, layout: Layout, state: Running
 def document_mean(o: Tensor, layout: Layout) -> Tensor:
     """The literal ``A3 v`` of the seeds: every row receives the mean over ALL rows of its document, future ones too.
 
-    This leaks the future into the past (methods.md 1.1) and exists only to measure that. Shapes and dtypes as
+    This leaks the future into the past (docs/methods.md) and exists only to measure that. Shapes and dtypes as
     :func:`running_mean`; there is no cached form.
     """
     x = o.to(torch.promote_types(o.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""How strongly the noise map is subtracted: the parameterisations of λ (methods.md 2).
+"""How strongly the noise map is subtracted: the parameterisations of λ (docs/methods.md, λ).
 
 A form is a module whose ``forward(x)`` returns λ ready to multiply attention outputs, broadcastable to ``[B, H, N,
 hd]``. Parameters are float32 and have at least one dimension (FSDP2 shards no 0-dim parameter); the trainer gives them
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lrdint_tune.attention.shape import AttentionShape
 from lrdint_tune.errors import ConfigError
+from lrdint_tune.options import number
 
 DEFAULT_ANNEAL_STEPS = 1000
 
@@ -188,19 +189,12 @@ class Fixed(LambdaForm):
     name = "fixed"
     default_init = 0.1
     sharings = ()
-    constant: Tensor
-
-    def __init__(self, shape: AttentionShape, count: int, lam_init: float | None) -> None:
-        super().__init__(shape, count, lam_init)
-        # Not saved: the constant is an option of the model, not something it learned.
-        self.register_buffer("constant", torch.empty(1, 1, 1, dtype=torch.float32), persistent=False)
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.constant_(self.constant, self.lam_init)
+        """There are none: the constant is an option of the model, not something it learned."""
 
     def lam(self, x: Tensor) -> Tensor:
-        return self.constant
+        return torch.full((1, 1, 1), self.lam_init, dtype=torch.float32, device=x.device)
 
     @property
     def starts_at_zero(self) -> bool:
@@ -235,7 +229,7 @@ def build_lambda(
     Raises:
         ConfigError: unknown form or sharing, ``anneal_steps`` < 1, or an option that the form does not use.
     """
-    if form not in LAMBDA_FORMS:
+    if form not in list(LAMBDA_FORMS):
         raise ConfigError(f"lam={form!r}: unknown λ parameterisation; choose one of {', '.join(LAMBDA_FORMS)}")
     cls = LAMBDA_FORMS[form]
     if lam_sharing is not None and lam_sharing not in cls.sharings:
@@ -245,8 +239,7 @@ def build_lambda(
             else f"lam_sharing={lam_sharing!r}: has no effect with lam={form!r}; remove it"
         )
     if lam_init is not None:
-        if isinstance(lam_init, bool) or not isinstance(lam_init, (int, float)):
-            raise ConfigError(f"lam_init={lam_init!r}: must be a number, or null for the default of lam={form}")
+        number("lam_init", lam_init, hint=f", or null for the default of lam={form}")
         if cls is Sigmoid:
             raise ConfigError(f"lam_init={lam_init!r}: lam='sigmoid' has no such constant; remove it")
         lam_init = float(lam_init)

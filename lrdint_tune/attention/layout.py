@@ -241,11 +241,6 @@ class Layout:
         end = end.scatter_reduce(1, index, (rows + 1).expand_as(index).masked_fill(hidden, 0), "amax")
         return Documents(index, begin, end)
 
-    @property
-    def longest_document(self) -> int:
-        """At least as many rows as any document has."""
-        return self.num_keys if self.documents is None else max(max(row) for row in self.documents.lengths)
-
     def prefix_mean(self, dtype: torch.dtype) -> PrefixMean:
         """The prefix mean over the rows of each document, in float32 or float64; for calls without a cache."""
         if dtype not in self._prefix_means:

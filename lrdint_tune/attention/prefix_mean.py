@@ -59,7 +59,7 @@ class PrefixMean:
 
 
 def integral(o1: Tensor, o2: Tensor, lam: Tensor, mean: PrefixMean) -> Tensor:
-    """``O1 + λ (mean(O1) - O2)``, DINT's output (methods.md 1.1), with a backward written by hand.
+    """``O1 + λ (mean(O1) - O2)``, DINT's output (docs/methods.md), with a backward written by hand.
 
     Autograd would keep three tensors of the outputs' size and pass over them a dozen times; here one is kept, and the
     rest is done in place. First derivatives only.

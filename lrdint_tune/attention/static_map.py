@@ -1,11 +1,12 @@
 """Attention maps that no token changes (LMAM): ``n x n``, laid over ``n`` positions of every document.
 
-Never ``N x N``: the values at those positions are gathered into slots, multiplied, and the rows put back in their
-places.
+Never ``N x N``: the values at those positions are gathered, multiplied, and the products put into their rows. Documents
+shorter than ``n`` take only the corner of the map that they fill.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -16,18 +17,14 @@ from lrdint_tune.attention.layout import Layout
 ALIGNMENTS = ("start", "end")
 
 
-class _Places(NamedTuple):
-    """Where a map lies in each document.
+class _Documents(NamedTuple):
+    """``T`` documents of about one length, int64 ``[T]`` each: the row of the batch, the key at the map's position 0,
+    the key after the last; and how many positions are looked at."""
 
-    begin: int64 ``[B or 1, docs]``, the key at the map's position 0. end: the key after the document's last.
-    document: int64 ``[B or 1, N]``, each row's document. position: ``[B or 1, N]``, its place in the map, outside
-    ``0 .. n-1`` for rows that have none.
-    """
-
+    batch: Tensor
     begin: Tensor
     end: Tensor
-    document: Tensor
-    position: Tensor
+    positions: int
 
 
 def attend_static(
@@ -50,57 +47,87 @@ def attend_static(
     Returns:
         ``[B, H, N, hd]`` in ``v.dtype``.
     """
-    b, kv_heads, _, _ = v.shape
-    n = min(maps.shape[-1], layout.longest_document)  # positions that no document reaches
-    maps = maps[:, :n, :n]
-    places = _places(layout, n, alignment)
-    slots = places.begin[..., None] + torch.arange(n, device=v.device)  # [B, docs, n]
-    held = (slots < places.end[..., None]).expand(b, -1, -1)
+    b, kv_heads, m, _ = v.shape
+    n = maps.shape[-1]
     if layout.causal:
         future = torch.ones(n, n, dtype=torch.bool, device=maps.device).triu(1)
         maps = maps.masked_fill(future, float("-inf")).softmax(-1) if softmax else maps.masked_fill(future, 0.0)
-    elif softmax:  # a row sees the whole document, and nothing behind it
-        hidden = ~held[:, :, None, None]
-        maps = maps.masked_fill(hidden, torch.finfo(maps.dtype).min).softmax(-1)  # [B, docs, H_s, n, n]
-    maps = _per_head(maps, num_heads).to(v.dtype)  # [H, n, n], or [B, docs, H, n, n]
+    by_key = v.transpose(1, 2)  # [B, M, K, hd]
+    out = v.new_zeros(b, layout.num_queries, num_heads, v.shape[-1])
+    for batch, begin, end, positions in _groups(layout, b, n, alignment):
+        keys = begin[:, None] + torch.arange(positions, device=v.device)  # [T, positions]
+        held = keys < end[:, None]
+        values = by_key[batch[:, None], keys.clamp(max=m - 1)].masked_fill(~held[..., None, None], 0.0)
+        values = values.repeat_interleave(num_heads // kv_heads, dim=2)  # [T, positions, H, hd]
+        corner = maps[:, :positions, :positions]
+        rows = keys - layout.offset
+        if len(batch) == b and layout.num_queries < positions:  # decoding: one document a sequence, few of its rows
+            rows, held, corner = _rows_of_call(corner, begin, end, layout)
+            products = torch.einsum("thij,tjhe->tihe", _per_head(corner, num_heads).to(v.dtype), values)
+        elif softmax and not layout.causal:  # a row sees the whole document, and nothing behind it
+            corner = corner.masked_fill(~held[:, None, None], torch.finfo(maps.dtype).min).softmax(-1)
+            products = torch.einsum("thij,tjhe->tihe", _per_head(corner, num_heads).to(v.dtype), values)
+        else:  # all documents are columns of one product per head, or the maps would be repeated for each of them
+            columns = values.permute(2, 1, 0, 3)  # [H, positions, T, hd]
+            products = _per_head(corner, num_heads).to(v.dtype) @ columns.flatten(2)
+            products = products.view(columns.shape).permute(2, 1, 0, 3)
+        held = held & (rows >= 0) & (rows < layout.num_queries)
+        rows = rows.clamp(0, layout.num_queries - 1)
+        # Every row is met once; what is added beside is 0.
+        out = out.index_put(
+            (batch[:, None].expand_as(rows), rows), products.masked_fill(~held[..., None, None], 0.0), accumulate=True
+        )
+    return out.masked_fill(~layout.counted[..., None, None], 0.0).transpose(1, 2)
 
-    batch = torch.arange(b, device=v.device)[:, None, None]
-    values = v.transpose(1, 2)[batch, slots.clamp(max=v.shape[2] - 1).expand(b, -1, -1)]  # [B, docs, n, K, hd]
-    values = values.masked_fill(~held[..., None, None], 0.0).repeat_interleave(num_heads // kv_heads, dim=3)
-    if maps.dim() == 5:
-        out = torch.einsum("bdhij,bdjhe->bdihe", maps, values)  # [B, docs, n, H, hd]
-    else:  # all documents are columns of one product per head, or the maps would be repeated for each of them
-        columns = values.permute(3, 2, 0, 1, 4)  # [H, n, B, docs, hd]
-        out = (maps @ columns.flatten(2)).view(columns.shape).permute(2, 3, 1, 0, 4)
 
-    has_place = ((places.position >= 0) & (places.position < n) & layout.counted).expand(b, -1)
-    position = places.position.clamp(0, n - 1).expand(b, -1)
-    rows = out[batch[..., 0], places.document.expand(b, -1), position]  # [B, N, H, hd]
-    return rows.masked_fill(~has_place[..., None, None], 0.0).transpose(1, 2)
+def _rows_of_call(maps: Tensor, begin: Tensor, end: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows of this call ``[T, N]``, which of them have a place in the map, and their rows of it ``[T, H_s, N,
+    positions]``."""
+    rows = torch.arange(layout.num_queries, device=begin.device).expand(len(begin), -1)
+    keys = rows + layout.offset
+    place = keys - begin[:, None]
+    held = (place >= 0) & (place < maps.shape[-1]) & (keys < end[:, None])
+    return rows, held, maps[:, place.clamp(0, maps.shape[-1] - 1)].transpose(0, 1)
+
+
+def _groups(layout: Layout, batch_size: int, n: int, alignment: str) -> Iterator[_Documents]:
+    """The documents of the batch, those of about one length together where lengths are known without asking the
+    device: a short document then does not cost ``n`` positions."""
+    if layout.documents is None:
+        documents = layout.documents_of_rows
+        begin = _aligned(documents.begin, documents.end, n, alignment).expand(batch_size, -1)
+        batch = torch.arange(batch_size, device=begin.device)[:, None].expand_as(begin)
+        end = documents.end.expand(batch_size, -1)
+        yield _Documents(batch.flatten(), begin.flatten(), end.flatten(), min(n, layout.num_keys))
+        return
+    groups: dict[int, list[tuple[int, int, int]]] = {}
+    for row, spans in enumerate(layout.documents.spans()):
+        for first, last in spans:
+            positions = min(n, 1 << (last - first - 1).bit_length())
+            groups.setdefault(positions, []).append((row, first, last))
+    for positions, found in groups.items():
+        batch, begin, end = torch.tensor(found, device=layout.device).T
+        yield _Documents(batch, _aligned(begin, end, n, alignment), end, positions)
+
+
+def _aligned(begin: Tensor, end: Tensor, n: int, alignment: str) -> Tensor:
+    """The key at the map's position 0."""
+    return begin if alignment == "start" else torch.maximum(begin, end - n)
+
+
+def _per_head(maps: Tensor, num_heads: int) -> Tensor:
+    """``[..., H_s, i, j]`` -> ``[..., H, i, j]``."""
+    return maps.repeat(*[1] * (maps.dim() - 3), num_heads // maps.shape[-3], 1, 1)
 
 
 def static_bias(maps: Tensor, layout: Layout, *, num_heads: int, alignment: str) -> Tensor:
     """The maps as a dense ``[B or 1, H, N, M]``, 0 where a row or a key has no position; arguments as
     :func:`attend_static`."""
     n = maps.shape[-1]
-    places = _places(layout, n, alignment)
-    row = places.position  # [B, N]
-    begin = places.begin.gather(1, places.document)  # [B, N]
+    documents = layout.documents_of_rows
+    begin = (_aligned(documents.begin, documents.end, n, alignment)).gather(1, documents.of_row)  # [B, N]
+    row = torch.arange(layout.num_queries, device=maps.device) + layout.offset - begin
     key = torch.arange(layout.num_keys, device=maps.device) - begin[..., None]  # [B, N, M]
     inside = ((row >= 0) & (row < n))[..., None] & (key >= 0) & (key < n)
     dense = _per_head(maps, num_heads)[:, row.clamp(0, n - 1)[..., None], key.clamp(0, n - 1)]  # [H, B, N, M]
     return dense.masked_fill(~inside, 0.0).transpose(0, 1)
-
-
-def _per_head(maps: Tensor, num_heads: int) -> Tensor:
-    """``[..., H_s, n, n]`` -> ``[..., H, n, n]``."""
-    return maps.repeat(*[1] * (maps.dim() - 3), num_heads // maps.shape[-3], 1, 1)
-
-
-def _places(layout: Layout, n: int, alignment: str) -> _Places:
-    documents = layout.documents_of_rows
-    begin = documents.begin
-    if alignment == "end":
-        begin = torch.maximum(begin, documents.end - n)
-    rows = torch.arange(layout.num_queries, device=layout.device) + layout.offset
-    return _Places(begin, documents.end, documents.of_row, rows - begin.gather(1, documents.of_row))

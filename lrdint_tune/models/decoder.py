@@ -13,6 +13,7 @@ from torchtune.modules import TransformerDecoder
 from lrdint_tune.adapters import attach_adapters, check_adapters, is_merged
 from lrdint_tune.attention import AttentionMethod, DifferentialSelfAttention, Layout
 from lrdint_tune.attention.layout import MaskType
+from lrdint_tune.errors import ConfigError
 from lrdint_tune.models.loss import summed_cross_entropy
 from lrdint_tune.models.spec import ModelSpec
 
@@ -40,8 +41,10 @@ class LlamaDecoder(TransformerDecoder):
         It is the last step of building a model: what replaces linear layers (conversion to fp8) comes before.
 
         Raises:
-            ConfigError: a bad entry, or a type that the model has already.
+            ConfigError: a bad entry, a type that the model has already, or merged adapters.
         """
+        if is_merged(self):
+            raise ConfigError(f"adapters={adapters!r}: the model's adapters are merged; call unmerge_adapters() first")
         before = self._spec.adapters
         after = check_adapters([*before, *adapters])
         attach_adapters(self.layers, after[len(before) :])
@@ -150,7 +153,12 @@ class LlamaDecoder(TransformerDecoder):
 
 def is_new_tensor(name: str) -> bool:
     """True for the state-dict name of a tensor that a method or an adapter brought, False for one of the base."""
-    return ".attn.method." in name or is_adapter_tensor(name)
+    return is_method_tensor(name) or is_adapter_tensor(name)
+
+
+def is_method_tensor(name: str) -> bool:
+    """True for the state-dict name of a tensor of an attention method."""
+    return ".attn.method." in name
 
 
 def is_adapter_tensor(name: str) -> bool:

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lrdint_tune import __version__
-from lrdint_tune.attention.lambdas import DEFAULT_ANNEAL_STEPS, LAMBDA_FORMS
-from lrdint_tune.attention.methods import method_options
+from lrdint_tune.attention import METHODS, method_options
 from lrdint_tune.errors import ConfigError
 from lrdint_tune.models.spec import ModelSpec
 
@@ -143,16 +142,7 @@ def hf_config(spec: ModelSpec) -> dict[str, Any]:
 def full_options(spec: ModelSpec) -> dict[str, Any]:
     """The method's options with every default written out, so that a saved model does not depend on later defaults."""
     options = {**method_options(spec.method), **spec.method_options}
-    form = options.get("lam")
-    if form is not None:
-        cls = LAMBDA_FORMS[form]
-        if options["lam_init"] is None:
-            options["lam_init"] = cls.default_init
-        if options["lam_sharing"] is None and cls.sharings:
-            options["lam_sharing"] = cls.sharings[0]
-    if form == "annealed" and options["anneal_steps"] is None:
-        options["anneal_steps"] = DEFAULT_ANNEAL_STEPS
-    return options
+    return METHODS[spec.method].full_options(spec.shape, options)
 
 
 def compare_method(file: Path, method: str, options: dict[str, Any], spec: ModelSpec) -> None:

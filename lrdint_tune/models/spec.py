@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from lrdint_tune.attention import METHODS, AttentionShape
+
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -33,11 +35,16 @@ class ModelSpec:
     adapters: list[dict[str, Any]] = field(default_factory=list)
 
     @property
+    def shape(self) -> AttentionShape:
+        """Of the first attention layer."""
+        return AttentionShape(self.embed_dim, self.num_heads, self.num_kv_heads, self.head_dim)
+
+    @property
     def is_stock(self) -> bool:
         """True for a plain Llama, without any new tensor."""
         return self.method == "none" and not self.adapters
 
     @property
     def leaks_future(self) -> bool:
-        """True for a model whose outputs depend on later tokens (``integral: sequence``)."""
-        return self.method_options.get("integral") == "sequence"
+        """True for a model in which later tokens reach earlier outputs (``integral: sequence``)."""
+        return METHODS[self.method].leaks_future(self.method_options)

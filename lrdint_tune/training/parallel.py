@@ -22,6 +22,7 @@ from lrdint_tune.attention import AttentionMethod
 from lrdint_tune.attention.lambdas import LambdaForm
 from lrdint_tune.errors import ConfigError
 from lrdint_tune.models.decoder import LlamaDecoder
+from lrdint_tune.training.trainable import is_lambda
 
 _SAVED_OPS = frozenset(
     {
@@ -39,10 +40,10 @@ _SAVED_OPS = frozenset(
 
 def set_precision(model: nn.Module, dtype: str) -> None:
     """Trainable parameters stay float32 (bf16 master weights swallow small updates); with ``dtype: bf16`` frozen ones
-    become bf16."""
+    become bf16, λ excepted."""
     if dtype == "bf16":
-        for parameter in model.parameters():
-            if not parameter.requires_grad:
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad and not is_lambda(name):
                 parameter.data = parameter.data.to(torch.bfloat16)
 
 
@@ -137,15 +138,12 @@ def initial_method_state(model: LlamaDecoder, seed: int) -> dict[str, Tensor]:
 
 
 def materialise(model: LlamaDecoder, device: torch.device) -> None:
-    """Give a sharded meta-device model memory, RoPE caches and non-persistent buffers; weights are still to be
-    loaded."""
+    """Give a sharded meta-device model memory and RoPE caches; weights and buffers are still to be loaded."""
     model.to_empty(device=device)
     for module in model.modules():
         if hasattr(module, "rope_init"):
             with device:
                 module.rope_init()
-        if isinstance(module, LambdaForm):
-            module.reset_parameters()
 
 
 @torch.no_grad()

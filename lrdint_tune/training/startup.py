@@ -32,11 +32,8 @@ def check_outputs(model: LlamaDecoder, cfg: TrainConfig) -> None:
 
 def warn(model: LlamaDecoder, cfg: TrainConfig) -> None:
     """Log what a user may not expect of this model and config."""
-    if model.spec.leaks_future:
-        log.warning(
-            "integral=sequence: future tokens reach the past. Training loss and ordinary validation loss are NOT "
-            "language-model losses, and nothing will be exported; this run measures the leak."
-        )
+    for caution in sorted({method.caution for method in model.methods() if method.caution is not None}):
+        log.warning(caution)
     reasons = sorted({reason for method in model.methods() for reason in method.differs_at_start()})
     if reasons:
         log.warning("the model does not begin as the pretrained one: %s", "; ".join(reasons))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lrdint_tune.attention import DocumentMask
 from lrdint_tune.errors import ConfigError
-from lrdint_tune.models.decoder import LlamaDecoder
+from lrdint_tune.models.decoder import LlamaDecoder, is_method_tensor
 from lrdint_tune.models.hf import check_hf_config, iter_hf_folder, weights_digest
 from lrdint_tune.models.spec import ModelSpec
 from lrdint_tune.training import parallel, startup
@@ -87,6 +87,7 @@ class Trainer:
             raise ConfigError(f"metric_logger={cfg.metric_logger}: use lrdint_tune.training.metrics.TensorBoardLogger")
 
         self.step = 0
+        self.continues_method = False  # until the weights show that they hold the method's tensors
         self.checkpoints = CheckpointManager(
             self.output_dir / "checkpoints", keep_last_n=cfg.keep_last_n_checkpoints, is_main=world.is_main
         )
@@ -110,7 +111,10 @@ class Trainer:
         if resume_from is not None and saved is not None:
             self._resume(resume_from, saved)
         elif self.model.needs_calibration:
-            self._calibrate()
+            if self.continues_method:
+                log.info("not calibrated: the heads are those of checkpointer.checkpoint_dir")
+            else:
+                self._calibrate()
         self.checkpoints.dry_run(self.model, self.optimizer, self.train_state())
 
     # ------------------------------------------------------------------ building
@@ -135,6 +139,7 @@ class Trainer:
         yield from new_tensors.items()
         # After the start values: a folder of this project brings the method's trained tensors along.
         for name, tensor in iter_hf_folder(self.checkpoint_dir, self.file_spec(self.spec)):
+            self.continues_method |= is_method_tensor(name)
             yield name, tensor
             if self.cfg.untie_lm_head and name == "tok_embeddings.weight":
                 yield "output.weight", tensor
@@ -144,7 +149,10 @@ class Trainer:
         ones again."""
         count = min(self.cfg.calibration_batches or CALIBRATION_BATCHES, self.steps_per_epoch)
         self.loader.start_epoch(0)
-        batches = (self._inputs(self.loader, self.loader.next_batch()) for _ in range(count * self.accumulation))
+        batches = (
+            self._inputs(self.loader, self.loader.next_batch(), mask_padding=True)
+            for _ in range(count * self.accumulation)
+        )
         self.model.calibrate(batches, reduce=dist.all_reduce)
         if self.world.is_main:
             log.info("calibrated on the first %d global batches", count)
@@ -319,12 +327,15 @@ class Trainer:
 
     def _loss(self, loader: BatchLoader, batch: Batch) -> Tensor:
         """Sum of the token losses of a micro-batch."""
-        return self.model(**self._inputs(loader, batch))
+        needs_ends = any(method.needs_document_ends for method in self.model.methods())
+        return self.model(**self._inputs(loader, batch, mask_padding=needs_ends))
 
-    def _inputs(self, loader: BatchLoader, batch: Batch) -> dict[str, Any]:
+    def _inputs(self, loader: BatchLoader, batch: Batch, *, mask_padding: bool) -> dict[str, Any]:
         """The model's arguments for a micro-batch."""
-        # Unpacked rows need no mask: nothing before the padding on their right can see it.
-        mask = DocumentMask(batch.lengths) if loader.packed else None
+        # Unpacked rows mostly need no mask: nothing before the padding on their right can see it.
+        mask: DocumentMask | Tensor | None = DocumentMask(batch.lengths) if loader.packed else None
+        if mask_padding:
+            mask = batch.dense_mask().to(self.world.device)
         tokens, labels, input_pos = (t.to(self.world.device) for t in (batch.tokens, batch.labels, batch.input_pos))
         return {"tokens": tokens, "mask": mask, "input_pos": input_pos, "labels": labels}
 

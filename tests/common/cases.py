@@ -106,7 +106,7 @@ def _variants() -> list[MethodCase]:
         add(f"{method}-v2", rank=None, noise_heads="kv", secondary_keys="shared", lam="sigmoid")
         add(f"{method}-norm", sublayer_norm=True, lam="exponential")
         add(f"{method}-norm-learned", sublayer_norm=True, lam_init=0.25)
-        add(f"{method}-add", combine="add")
+        add(f"{method}-add", combine="add", lam="annealed" if method == "diff" else "learned")
         add(f"{method}-learned-layer", lam_sharing="layer")
         add(f"{method}-annealed-layer", lam="annealed", lam_sharing="layer", lam_init=0.5)
         add(f"{method}-exponential-head", lam="exponential", lam_sharing="head", lam_init=-0.25)
@@ -183,6 +183,12 @@ NOT_THE_IDENTITY = {
 LEAKS = {"integral=sequence": "averages over later rows; it exists to measure that"}
 """Cases in which a row depends on later ones."""
 
+SEES_THE_LENGTH = {
+    **LEAKS,
+    "alignment=end": "the map lies on the last rows, so a row knows how many follow it",
+}
+"""Cases in which a text that goes on gives other outputs than the text by itself."""
+
 NO_CACHE = {
     "integral=sequence": "an earlier row's output depends on the rows to come",
     "alignment=end": "where the map lies depends on the final length",
@@ -227,6 +233,13 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     # The norm's factor is 1 - lam_init, which a sigmoid does not have.
     *[({"method": m, "lam": "sigmoid", "sublayer_norm": True}, "sublayer_norm") for m in _NORMED],
     # Values.
+    *[
+        ({"method": m, "combine": "add", "lam": "learned"}, "combine=.add..*mirror")
+        for m in sorted(_HAS_LAMBDA)
+        if m != "dint"
+    ],
+    *[({"method": m, "lam_init": float("nan")}, "lam_init=nan") for m in _HAS_LAMBDA],
+    *[({"method": m, "lam": ["learned"]}, "lam=.*unknown") for m in _HAS_LAMBDA],
     *[({"method": m, "combine": "minus"}, "combine.*minus.*subtract.*add") for m in _HAS_LAMBDA],
     *[({"method": m, "noise_heads": "all"}, "noise_heads.*all.*query.*kv") for m in _NORMED],
     *[({"method": m, "secondary_keys": "none"}, "secondary_keys.*none.*low_rank.*shared") for m in _NORMED],

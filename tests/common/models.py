@@ -53,11 +53,11 @@ def base_state(model: nn.Module) -> dict[str, Tensor]:
 def wake(model: LlamaDecoder, low: float = 0.2, high: float = 0.8) -> LlamaDecoder:
     """Move what starts at a special value away from it, differently in every head and layer; in place.
 
-    Lambda leaves 0 with both signs, matrices leave the identity, zero factors and norms their start, LMAM's `b` -PE.
+    Lambda leaves 0 with both signs, matrices leave the identity, zero factors and norms their start, LMAM's `b` 0.
     """
     with torch.no_grad():
         for name, parameter in model.adapter_parameters().items():
-            tail = name.split(".attn.method.")[1]
+            tail = name.rpartition(".attn.method.")[2]  # an adapter's name stays whole
             if tail == "lam.value":
                 parameter.uniform_(low, high)
                 parameter[1::2] *= -1

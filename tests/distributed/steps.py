@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from lrdint_tune.attention import DocumentMask
+from lrdint_tune.export import save_hf_folder
 from lrdint_tune.models import llama3_2
 from lrdint_tune.models.hf import iter_hf_folder
 from lrdint_tune.training.components import build_loader, build_model, build_tokenizer
@@ -54,6 +55,17 @@ def start_trainer(file: Path, changes: dict[str, Any]) -> Trainer:
 def selected_heads(file: Path, changes: dict[str, Any]) -> list[list[float]]:
     """Which heads each layer of a ``dex`` with ``heads: top_entropy`` acts on, after the trainer has calibrated."""
     return [method.get_buffer("selected").tolist() for method in start_trainer(file, changes).model.methods()]
+
+
+def continued_heads(file: Path, changes: dict[str, Any], folder: str) -> list[list[float]]:
+    """The heads after a start from a folder whose trained heads are the last of each layer."""
+    trainer = start_trainer(file, changes)
+    state = {
+        name: torch.tensor([0.0, 0.0, 0.0, 1.0]) if name.endswith(".selected") else full_tensor(tensor)
+        for name, tensor in trainer.model.state_dict().items()
+    }
+    save_hf_folder(folder, state.items(), trainer.spec, dtype=torch.float32)
+    return selected_heads(file, {**changes, "checkpointer": {"checkpoint_dir": folder}})
 
 
 def trainer_step(file: Path, changes: dict[str, Any], at: int = 0) -> Step:

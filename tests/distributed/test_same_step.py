@@ -11,7 +11,14 @@ import torch
 
 from tests.common.tiny_run import SIZES, write_model, write_run
 from tests.distributed.harness import run_ranks
-from tests.distributed.steps import Step, assert_same_step, plain_step, selected_heads, trainer_step
+from tests.distributed.steps import (
+    Step,
+    assert_same_step,
+    continued_heads,
+    plain_step,
+    selected_heads,
+    trainer_step,
+)
 
 # λ away from 0, so that every new tensor has a gradient.
 DINT = {"model.lam_init": 0.3}
@@ -107,6 +114,22 @@ HALF_WAY = {"lam": "annealed", "anneal_steps": 4}  # with two steps done: λ = 0
 def test_ranks_of_every_method(even: Path, model: dict[str, Any]) -> None:
     # LoRA's down factor and LMAM's first factor meet a zero at the start.
     check(even, {"lam_lr": None, **model}, 2, sizes=(2,), asleep=("1.down.weight", "method.a"))
+
+
+def test_calibration_does_not_count_padding(even: Path) -> None:
+    """Unpacked rows of unequal length: the heads are those of the rows one by one, which have hardly any padding."""
+    changes = {"lam_lr": None, "calibration_batches": 2, **other("dex", heads="top_entropy", top_k=1, **HALF_WAY)}
+    together, apart = (
+        run_ranks(selected_heads, 1, even, {**changes, "dataset.packed": False, "batch_size": size})[0]
+        for size in (4, 1)
+    )
+    assert together == apart
+
+
+def test_calibration_keeps_the_heads_of_a_trained_method(even: Path, tmp_path: Path) -> None:
+    changes = {"lam_lr": None, "calibration_batches": 2, **other("dex", heads="top_entropy", top_k=1, **HALF_WAY)}
+    kept = run_ranks(continued_heads, 1, even, changes, str(tmp_path / "hf"))[0]
+    assert kept == [[0.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 1.0]]
 
 
 def test_calibration_chooses_the_same_heads_on_any_number_of_ranks(even: Path) -> None:

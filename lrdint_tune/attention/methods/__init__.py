@@ -31,7 +31,7 @@ def method_options(method: str) -> dict[str, Any]:
     Raises:
         ConfigError: unknown method.
     """
-    if method not in METHODS:
+    if method not in list(METHODS):
         raise ConfigError(f"method={method!r}: unknown; choose one of {', '.join(METHODS)}")
     options: dict[str, Any] = {}
     for cls in METHODS[method].__mro__:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import logging
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lrdint_tune.attention.context import AttentionContext
-from lrdint_tune.attention.lambdas import LambdaForm, build_lambda
+from lrdint_tune.attention.lambdas import DEFAULT_ANNEAL_STEPS, LAMBDA_FORMS, Annealed, LambdaForm, build_lambda
 from lrdint_tune.attention.shape import AttentionShape
 from lrdint_tune.errors import ConfigError
+from lrdint_tune.options import choice
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +31,9 @@ class AttentionMethod(nn.Module, ABC):
         num_maps: how many softmax maps one forward computes, a map of fewer query heads as that fraction.
         rotary_dims: the dimensions of the method's tensors, by their names in it, that are in RoPE order: whoever
             converts weights between Meta and Hugging Face order must reorder them.
-        leaks_future: True for a variant that lets future tokens reach the past; generation and export refuse it.
+        needs_document_ends: True for a variant that must know where the padding behind a sequence begins.
         cache_refusal: None, or why there can be no KV cache.
+        caution: None, or what whoever reads the losses of this variant must know; logged at the start of a run.
         diagnostics: None, or, when enabled, scalars of the last forward.
     """
 
@@ -40,12 +41,24 @@ class AttentionMethod(nn.Module, ABC):
     cached_streams: tuple[str, ...] = ()
     num_maps: float = 1
     rotary_dims: ClassVar[Mapping[str, tuple[int, ...]]] = {}
-    leaks_future: bool = False
+    needs_document_ends: bool = False
     cache_refusal: str | None = None
+    caution: str | None = None
 
     def __init__(self) -> None:
         super().__init__()
         self.diagnostics: dict[str, Tensor] | None = None
+
+    @classmethod
+    def leaks_future(cls, options: Mapping[str, Any]) -> bool:
+        """Whether these options make a variant that lets future tokens reach the past; export refuses it."""
+        return False
+
+    @classmethod
+    def full_options(cls, shape: AttentionShape, options: Mapping[str, Any]) -> dict[str, Any]:
+        """``options``, which hold every default, with what a null stands for, as far as it does not depend on the
+        layer."""
+        return dict(options)
 
     @abstractmethod
     def forward(self, ctx: AttentionContext) -> Tensor:
@@ -66,6 +79,11 @@ class AttentionMethod(nn.Module, ABC):
         """Why the first forward is not the pretrained model's, option by option; empty if it is."""
         forms = [child for child in self.children() if isinstance(child, LambdaForm)]
         return [f"λ is not 0 at the start with lam={form.name}" for form in forms if not form.starts_at_zero]
+
+    def products_per_token(self, seq_len: int) -> float:
+        """Multiplications per token of a forward pass of ``seq_len`` tokens, beyond the pretrained projections and the
+        softmax maps: by default one for each element of the new matrices."""
+        return sum(p.numel() for p in self.parameters() if p.dim() >= 2)
 
     # A method whose start depends on the data (which heads to act on) looks at some batches first.
 
@@ -97,15 +115,21 @@ class AttentionMethod(nn.Module, ABC):
 class DifferentialMethod(AttentionMethod):
     """Base of the methods that subtract λ times something.
 
+    Attributes:
+        add_mirrors: whether ``combine: add`` is nothing but the other sign of λ.
+
     Args:
         shape: the layer's sizes.
         lam, lam_init, lam_sharing, anneal_steps: the λ form, see :func:`~lrdint_tune.attention.lambdas.build_lambda`.
-        combine: ``subtract``, or ``add`` for the control that adds the same new term instead.
+        combine: ``subtract``, or ``add`` for the control that adds the same new term instead. With a λ that starts at 0
+            and is free to take either sign (``learned``) that would be the same training mirrored, so it is refused.
         lam_heads: how many heads a λ per head is for; None takes ``H``. Not an option.
 
     Raises:
         ConfigError: for a bad option value.
     """
+
+    add_mirrors: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -128,6 +152,22 @@ class DifferentialMethod(AttentionMethod):
             lam_sharing=lam_sharing,
             anneal_steps=anneal_steps,
         )
+        if self.sign > 0 and self.add_mirrors and lam == "learned" and self.lam.starts_at_zero:
+            raise ConfigError(
+                "combine='add': with lam='learned', which starts at 0, it is the mirror of subtract; use another lam"
+            )
+
+    @classmethod
+    def full_options(cls, shape: AttentionShape, options: Mapping[str, Any]) -> dict[str, Any]:
+        form = LAMBDA_FORMS[options["lam"]]
+        filled = dict(options)
+        if filled["lam_init"] is None:
+            filled["lam_init"] = form.default_init
+        if filled["lam_sharing"] is None and form.sharings:
+            filled["lam_sharing"] = form.sharings[0]
+        if form is Annealed and filled["anneal_steps"] is None:
+            filled["anneal_steps"] = DEFAULT_ANNEAL_STEPS
+        return filled
 
     def difference(self, o1: Tensor, o2: Tensor, lam: Tensor) -> Tensor:
         """``O1 - λ O2`` (``combine: add``: ``O1 + λ O2``)."""
@@ -145,31 +185,3 @@ def identity_matrices(parameter: Tensor) -> None:
     """Fill ``[..., d, d]`` with identity matrices, in place."""
     with torch.no_grad():
         parameter.copy_(torch.eye(parameter.shape[-1], dtype=parameter.dtype, device=parameter.device))
-
-
-def choice(option: str, value: str, valid: tuple[str, ...]) -> str:
-    """``value``, if it is one of ``valid``. Raises ConfigError otherwise."""
-    if value not in valid:
-        raise ConfigError(f"{option}={value!r}: unknown; choose one of {', '.join(valid)}")
-    return value
-
-
-def flag(option: str, value: bool) -> bool:
-    """``value``, if it is a bool. Raises ConfigError otherwise."""
-    if not isinstance(value, bool):
-        raise ConfigError(f"{option}={value!r}: must be true or false")
-    return value
-
-
-def positive_int(option: str, value: int, hint: str = "") -> int:
-    """``value``, if it is a whole number of at least 1. Raises ConfigError otherwise."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{option}={value!r}: must be an integer of at least 1{hint}")
-    return value
-
-
-def positive_number(option: str, value: float) -> float:
-    """``value``, if it is finite and positive. Raises ConfigError otherwise."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise ConfigError(f"{option}={value!r}: must be a positive number")
-    return float(value)

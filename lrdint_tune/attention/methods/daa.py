@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from lrdint_tune.attention.context import AttentionContext
-from lrdint_tune.attention.methods.base import DifferentialMethod, choice, identity_matrices
+from lrdint_tune.attention.methods.base import DifferentialMethod, identity_matrices
 from lrdint_tune.attention.shape import AttentionShape
+from lrdint_tune.options import choice
 
 POSITIONS = ("before", "after")
 

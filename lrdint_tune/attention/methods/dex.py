@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lrdint_tune.attention.context import AttentionContext
-from lrdint_tune.attention.methods.base import DifferentialMethod, choice, identity_matrices, positive_int
+from lrdint_tune.attention.methods.base import DifferentialMethod, identity_matrices
 from lrdint_tune.attention.shape import AttentionShape
 from lrdint_tune.errors import ConfigError
+from lrdint_tune.options import choice, positive_int
 
 SHARINGS = ("head", "layer")
 HEADS = ("all", "top_entropy")
@@ -56,7 +58,7 @@ class Dex(DifferentialMethod):
                 raise ConfigError(f"top_k={top_k}: has no effect with heads='all'; remove it or set heads=top_entropy")
             if top_k > shape.num_heads:
                 raise ConfigError(f"top_k={top_k}: there are {shape.num_heads} heads; lower it")
-        self.top_k = top_k or max(1, shape.num_heads // 2)
+        self.top_k = top_k or default_top_k(shape)
         self.w_dex = nn.Parameter(torch.empty(matrices, shape.head_dim, shape.head_dim))
         if self.by_entropy:
             self.register_buffer("selected", torch.empty(shape.num_heads, dtype=torch.float32))
@@ -78,6 +80,17 @@ class Dex(DifferentialMethod):
             lam = lam * self.selected.view(-1, 1, 1).to(lam.dtype)
         return self.difference(o1, o1 @ self.w_dex, lam)
 
+    def products_per_token(self, seq_len: int) -> float:
+        matrices, hd, _ = self.w_dex.shape
+        return super().products_per_token(seq_len) + (self.num_heads - matrices) * hd**2  # one may serve every head
+
+    @classmethod
+    def full_options(cls, shape: AttentionShape, options: Mapping[str, Any]) -> dict[str, Any]:
+        filled = super().full_options(shape, options)
+        if filled["heads"] == "top_entropy" and filled["top_k"] is None:
+            filled["top_k"] = default_top_k(shape)
+        return filled
+
     @property
     def needs_calibration(self) -> bool:
         return self.by_entropy
@@ -91,3 +104,7 @@ class Dex(DifferentialMethod):
         highest = self.entropy.topk(self.top_k).indices
         self.selected.zero_()[highest] = 1.0
         self.entropy = None
+
+
+def default_top_k(shape: AttentionShape) -> int:
+    return max(1, shape.num_heads // 2)

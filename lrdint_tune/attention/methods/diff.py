@@ -13,7 +13,7 @@ from lrdint_tune.attention.shape import AttentionShape
 
 
 class Diff(SecondMap):
-    """``out = O1 - λ O2`` with ``O2 = softmax(q2 k2^T / sqrt(d2)) v`` (methods.md 3).
+    """``out = O1 - λ O2`` with ``O2 = softmax(q2 k2^T / sqrt(d2)) v`` (docs/methods.md).
 
     Args:
         shape: the layer's sizes.
@@ -46,4 +46,4 @@ class Diff(SecondMap):
 
     def forward(self, ctx: AttentionContext) -> Tensor:
         o1 = ctx.attend(ctx.q, ctx.k, ctx.v)
-        return self.normalise(self.difference(o1, self.noise(ctx), self.lam(ctx.x)))
+        return self.normalise(self.difference(o1, self.noise(ctx, ctx.k), self.lam(ctx.x)))

@@ -1,9 +1,14 @@
 """DiffK: the second map has keys of a transformed input (seed 002 eq. 6)."""
 
+from __future__ import annotations
+
+from typing import Any
+
 from torch import Tensor
 
 from lrdint_tune.attention.context import AttentionContext
 from lrdint_tune.attention.methods.input_matrix import InputMatrix
+from lrdint_tune.attention.shape import AttentionShape
 
 
 class DiffK(InputMatrix):
@@ -13,6 +18,9 @@ class DiffK(InputMatrix):
     name = "diffk"
     num_maps = 2
     cached_streams = ("k2",)
+
+    def __init__(self, shape: AttentionShape, **options: Any) -> None:
+        super().__init__(shape, shape.num_kv_heads, **options)
 
     def forward(self, ctx: AttentionContext) -> Tensor:
         k2 = ctx.keys(ctx.project_k(self.transformed(ctx)), "k2")

@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from lrdint_tune.attention.context import AttentionContext
-from lrdint_tune.attention.methods.base import flag, positive_int, positive_number
 from lrdint_tune.attention.methods.heads import LowRankHeads
 from lrdint_tune.attention.methods.second_map import SecondMap
 from lrdint_tune.attention.shape import AttentionShape
+from lrdint_tune.options import flag, number, positive_int
 
 
 class DiffLora(SecondMap):
@@ -48,7 +48,7 @@ class DiffLora(SecondMap):
         **options: Any,
     ) -> None:
         positive_int("rank", rank)
-        lora_scale = positive_number("lora_alpha", lora_alpha) / rank
+        lora_scale = number("lora_alpha", lora_alpha, positive=True) / rank
         # α/r stands in q2, and in k2 where that is low-rank; RoPE is linear, so it can go into the scale of the logits.
         scale2 = (lora_scale**2 if secondary_keys == "low_rank" else lora_scale) / math.sqrt(shape.head_dim)
         super().__init__(shape, rank, "shared", scale2, lam=lam, secondary_keys=secondary_keys, **options)
@@ -67,8 +67,10 @@ class DiffLora(SecondMap):
                 nn.init.zeros_(lora.up)
 
     def forward(self, ctx: AttentionContext) -> Tensor:
-        if self.q1 is not None and self.k1 is not None:
-            ctx.q_unrotated = ctx.q_unrotated + self.lora_scale * self.q1(ctx.x)
-            ctx.k = ctx.keys(ctx.project_k(ctx.x) + self.lora_scale * self.k1(ctx.x), "k")
-        o1 = ctx.attend(ctx.q, ctx.k, ctx.v)
-        return self.normalise(self.difference(o1, self.noise(ctx), self.lam(ctx.x)))
+        if self.q1 is None or self.k1 is None:
+            q1, k1 = ctx.q, ctx.k
+        else:
+            q1 = ctx.queries(ctx.project_q(ctx.x) + self.lora_scale * self.q1(ctx.x))
+            k1 = ctx.keys(ctx.project_k(ctx.x) + self.lora_scale * self.k1(ctx.x), "k")
+        o1, o2 = ctx.attend(q1, k1, ctx.v), self.noise(ctx, k1)
+        return self.normalise(self.difference(o1, o2, self.lam(ctx.x)))

@@ -1,9 +1,14 @@
 """DiffQ: the second map has queries of a transformed input (seed 002 eq. 5)."""
 
+from __future__ import annotations
+
+from typing import Any
+
 from torch import Tensor
 
 from lrdint_tune.attention.context import AttentionContext
 from lrdint_tune.attention.methods.input_matrix import InputMatrix
+from lrdint_tune.attention.shape import AttentionShape
 
 
 class DiffQ(InputMatrix):
@@ -12,6 +17,9 @@ class DiffQ(InputMatrix):
 
     name = "diffq"
     num_maps = 2
+
+    def __init__(self, shape: AttentionShape, **options: Any) -> None:
+        super().__init__(shape, shape.num_heads, **options)
 
     def forward(self, ctx: AttentionContext) -> Tensor:
         q2 = ctx.queries(ctx.project_q(self.transformed(ctx)))

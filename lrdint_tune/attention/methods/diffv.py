@@ -21,7 +21,7 @@ class DiffV(InputMatrix):
     name = "diffv"
 
     def __init__(self, shape: AttentionShape, **options: Any) -> None:
-        super().__init__(shape, shape.num_kv_heads, **options)
+        super().__init__(shape, shape.num_kv_heads, lam_heads=shape.num_kv_heads, **options)
 
     def forward(self, ctx: AttentionContext) -> Tensor:
         v1, v2 = ctx.project_v(ctx.x), ctx.project_v(self.transformed(ctx))  # [B, N, K, hd]

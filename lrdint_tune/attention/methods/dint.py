@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from lrdint_tune.attention.context import AttentionContext
-from lrdint_tune.attention.methods.base import choice, flag
 from lrdint_tune.attention.methods.diff import Diff
 from lrdint_tune.attention.shape import AttentionShape
 from lrdint_tune.errors import ConfigError
+from lrdint_tune.options import choice, flag
 
 INTEGRALS = ("causal", "sequence")
 
 
 class Dint(Diff):
-    """``out = (A1 - λ A2 + λ A3) v = O1 + λ (mean(O1) - O2)`` (methods.md 1).
+    """``out = (A1 - λ A2 + λ A3) v = O1 + λ (mean(O1) - O2)`` (docs/methods.md).
 
     ``integral: causal`` (default) takes for ``A3`` the mean over the rows up to and including the current one, which
     is the seeds' formula read on the prefix. ``integral: sequence`` is the formula as printed, the mean over ALL rows:
@@ -28,13 +29,14 @@ class Dint(Diff):
         integral: ``causal | sequence``.
         allow_future_leak: must be True for ``integral: sequence``.
         options: those of :class:`~lrdint_tune.attention.methods.diff.Diff`. ``combine: add`` changes the sign of ``λ
-            A2`` alone.
+            A2`` alone, not that of the integral.
 
     Raises:
         ConfigError: for a bad option value, or ``integral: sequence`` without ``allow_future_leak: true``.
     """
 
     name = "dint"
+    add_mirrors = False
 
     def __init__(
         self, shape: AttentionShape, *, integral: str = "causal", allow_future_leak: bool = False, **options: Any
@@ -48,18 +50,26 @@ class Dint(Diff):
                 "language-model loss; use integral=causal, or set allow_future_leak=true to measure the leak"
             )
         super().__init__(shape, **options)
-        self.leaks_future = leaks
+        self.literal = leaks
         if leaks:
+            self.caution = (
+                "integral=sequence: future tokens reach the past. Training loss and ordinary validation loss are NOT "
+                "language-model losses, and nothing will be exported; this run measures the leak."
+            )
             self.cache_refusal = (
                 "integral='sequence': generation is refused, the model reads future tokens; train with integral=causal"
             )
 
+    @classmethod
+    def leaks_future(cls, options: Mapping[str, Any]) -> bool:
+        return options.get("integral") == "sequence"
+
     def forward(self, ctx: AttentionContext) -> Tensor:
-        o1, o2 = ctx.attend(ctx.q, ctx.k, ctx.v), self.noise(ctx)
+        o1, o2 = ctx.attend(ctx.q, ctx.k, ctx.v), self.noise(ctx, ctx.k)
         lam = self.lam(ctx.x)
         self.observe(o1, o2, self.lam.last)
         if self.sign > 0:
             o2 = -o2
-        if self.leaks_future:
+        if self.literal:
             return self.normalise(o1 + lam * (ctx.document_mean(o1) - o2))
         return self.normalise(ctx.integral(o1, o2, lam))

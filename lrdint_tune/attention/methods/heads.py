@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lrdint_tune.attention.methods.base import choice, positive_int
 from lrdint_tune.errors import ConfigError
+from lrdint_tune.options import choice, positive_int
 
 FACTORS = ("per_head", "shared")
 

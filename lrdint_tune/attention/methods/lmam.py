@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lrdint_tune.attention.context import AttentionContext
-from lrdint_tune.attention.methods.base import (
-    AttentionMethod,
-    choice,
-    flag,
-    positive_int,
-    positive_number,
-    warn_once,
-)
+from lrdint_tune.attention.methods.base import AttentionMethod, warn_once
 from lrdint_tune.attention.shape import AttentionShape
 from lrdint_tune.attention.static_map import ALIGNMENTS
 from lrdint_tune.errors import ConfigError
+from lrdint_tune.options import choice, flag, number, positive_int
 
 POSITIONS = ("pe", "none")
 INERT_SCALE = 1e-5
@@ -29,8 +25,10 @@ class Lmam(AttentionMethod):
     """``out = O1 + tril(S) v`` on ``n`` positions of each document, ``S = s (W_a + PE)(W_b + PE)``.
 
     ``W_a`` ``[H_s, n, r]``, ``W_b`` ``[H_s, r, n]``; query head ``j`` uses map ``j mod H_s``. ``PE_pos = 1 /
-    10000^(2 pos / n)`` is added along the ``n`` axis of each factor. The seed gives no initialisation: ``W_a`` as
-    ``nn.Linear``, ``W_b = -PE``, so that ``S`` is 0 at the start (``W_a`` then has a gradient from the second step on).
+    10000^(2 pos / n)`` is added along the ``n`` axis of each factor. The seed gives no initialisation: here ``W_a`` as
+    ``nn.Linear`` and ``W_b = -PE``, so that ``S`` is 0 at the start; ``W_a`` then has a gradient from the second step
+    on. The parameter ``b`` is ``W_b + PE`` itself, zeros at the start: the same function, but in bf16 the sum of a PE
+    of up to 1 and small updates would lose them. What PE changes is therefore the factor ``a`` alone.
 
     Args:
         shape: the layer's sizes.
@@ -72,7 +70,8 @@ class Lmam(AttentionMethod):
         if shape.num_heads % heads:
             raise ConfigError(f"heads={heads}: must divide the model's {shape.num_heads} query heads")
         positive_int("n", n)
-        self.scale = positive_number("scale", scale)
+        self.num_heads, self.head_dim, self.n = shape.num_heads, shape.head_dim, n
+        self.scale = number("scale", scale, positive=True)
         if scale < INERT_SCALE:
             warn_once(f"scale={scale:g}: leaves the map nearly where it starts; try 1/255, or a larger learning rate")
         self.alignment = choice("alignment", alignment, ALIGNMENTS)
@@ -83,6 +82,11 @@ class Lmam(AttentionMethod):
         if inside_softmax and softmax_map:
             raise ConfigError("softmax_map=True: has no meaning together with inside_softmax; choose one")
         if alignment == "end":
+            self.needs_document_ends = True
+            self.caution = (
+                "alignment=end: a row's output depends on how many tokens follow it. Training loss and ordinary "
+                "validation loss see the length of what is to be predicted; generation does not"
+            )
             self.cache_refusal = (
                 "alignment='end': generation with a cache is refused, the map's place depends on the final length; "
                 "use alignment=start"
@@ -104,8 +108,21 @@ class Lmam(AttentionMethod):
             return
         bound = 1 / math.sqrt(self.a.shape[-1])
         nn.init.uniform_(self.a, -bound, bound)
-        with torch.no_grad():
-            self.b.copy_(-self._pe(self.b) if self.with_pe else torch.zeros_like(self.b))
+        nn.init.zeros_(self.b)
+
+    @classmethod
+    def full_options(cls, shape: AttentionShape, options: Mapping[str, Any]) -> dict[str, Any]:
+        filled = dict(options)
+        if filled["heads"] is None:
+            filled["heads"] = shape.num_heads
+        if filled["rank"] is None and not filled["full_rank"]:
+            filled["rank"] = DEFAULT_RANK
+        return filled
+
+    def products_per_token(self, seq_len: int) -> float:
+        # The maps themselves, and their product with each head's values, once for the sequence.
+        maps = 0 if self.full_rank else self.a.numel() * self.n
+        return (maps + self.num_heads * min(self.n, seq_len) ** 2 * self.head_dim) / seq_len
 
     def differs_at_start(self) -> list[str]:
         return ["softmax_map adds a map whose rows sum to 1"] if self.softmax_map else []
@@ -123,12 +140,12 @@ class Lmam(AttentionMethod):
         """``S``, ``[H_s, n, n]``."""
         if self.full_rank:
             return self.w * self.scale
-        pe = self._pe(self.b) if self.with_pe else self.b.new_zeros(self.b.shape[-1])
-        return ((self.a + pe.unsqueeze(-1)) @ (self.b + pe)) * self.scale
+        a = self.a + position_encoding(self.a).unsqueeze(-1) if self.with_pe else self.a
+        return (a @ self.b) * self.scale
 
-    @staticmethod
-    def _pe(b: Tensor) -> Tensor:
-        """``PE`` ``[n]`` in the dtype of ``b``; the same bits wherever it is added, so that ``W_b = -PE`` cancels."""
-        n = b.shape[-1]
-        exponent = torch.arange(n, dtype=torch.float64, device=b.device) * (-2 / n)
-        return torch.pow(10_000.0, exponent).to(b.dtype)
+
+def position_encoding(a: Tensor) -> Tensor:
+    """``PE`` ``[n]`` for ``a`` ``[H_s, n, r]``, in its dtype."""
+    n = a.shape[1]
+    exponent = torch.arange(n, dtype=torch.float64, device=a.device) * (-2 / n)
+    return torch.pow(10_000.0, exponent).to(a.dtype)

@@ -8,10 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from lrdint_tune.attention.context import AttentionContext
-from lrdint_tune.attention.methods.base import DifferentialMethod, choice, flag, warn_once
+from lrdint_tune.attention.methods.base import DifferentialMethod, warn_once
 from lrdint_tune.attention.methods.heads import build_heads
 from lrdint_tune.attention.shape import AttentionShape
 from lrdint_tune.errors import ConfigError
+from lrdint_tune.options import choice, flag
 
 NOISE_HEADS = ("query", "kv")
 SECONDARY_KEYS = ("low_rank", "shared")
@@ -19,7 +20,7 @@ _SCALE_DIVISORS = {"seed": 81.0, "variance": 9.0, "standard": 1.0}
 
 
 class SecondMap(DifferentialMethod):
-    """``O2 = softmax(q2 k2^T * scale2) v`` with ``q2 = x Wdown Wup`` and ``k2`` likewise (methods.md 1.2, 4).
+    """``O2 = softmax(q2 k2^T * scale2) v`` with ``q2 = x Wdown Wup`` and ``k2`` likewise (docs/methods.md).
 
     Args:
         shape: the layer's sizes.
@@ -78,10 +79,10 @@ class SecondMap(DifferentialMethod):
     def differs_at_start(self) -> list[str]:
         return super().differs_at_start() + ([] if self.norm is None else ["sublayer_norm normalises the output"])
 
-    def noise(self, ctx: AttentionContext) -> Tensor:
-        """``O2 = A2 v``, ``[B, H, N, hd]``."""
+    def noise(self, ctx: AttentionContext, k1: Tensor) -> Tensor:
+        """``O2 = A2 v``, ``[B, H, N, hd]``; ``k1`` ``[B, K, M, hd]`` are the first map's keys."""
         q2 = ctx.queries(self.q2(ctx.x))
-        k2 = ctx.k if self.k2 is None else ctx.keys(self.k2(ctx.x), "k2")
+        k2 = k1 if self.k2 is None else ctx.keys(self.k2(ctx.x), "k2")
         o2 = ctx.attend(q2, k2, ctx.v, scale=self.scale2)
         return o2 if self.heads_per_noise_head == 1 else o2.repeat_interleave(self.heads_per_noise_head, dim=1)
 
@@ -91,7 +92,7 @@ class SecondMap(DifferentialMethod):
 
 
 def scale_multiplier(option: str | float, head_dim: int) -> float:
-    """The multiplier of ``q2 k2^T``, that is ``1/sqrt(d2)`` (methods.md 1.3).
+    """The multiplier of ``q2 k2^T``, that is ``1/sqrt(d2)`` (docs/methods.md).
 
     ``seed``: ``d2 = hd/81`` as printed in seed 001; ``variance``: ``d2 = hd/9``, which the seed's own argument gives
     with ``nn.Linear``'s initialisation; ``standard``: ``d2 = hd``; a positive number is the multiplier itself.

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lrdint_tune.attention import DocumentMask
 from lrdint_tune.errors import ConfigError
 from lrdint_tune.models.loss import IGNORE_INDEX
 from lrdint_tune.training.data.datasets import TokenisedDataset
@@ -28,6 +29,7 @@ class Batch:
         labels: int64 [B, N], shifted within each document, -100 where nothing is trained.
         input_pos: int64 [B, N], position inside the document; the padding counts as a document of its own.
         lengths: document lengths of each sequence, padding included: each list sums to N.
+        padding: how many tokens at the end of each sequence are padding.
         row_ids: rows of the source in the batch (counting from 0), in order, for messages.
         num_input_tokens: tokens that are not padding.
         num_label_tokens: labels that are not -100.
@@ -37,9 +39,17 @@ class Batch:
     labels: Tensor
     input_pos: Tensor
     lengths: list[list[int]]
+    padding: list[int]
     row_ids: list[int]
     num_input_tokens: int
     num_label_tokens: int
+
+    def dense_mask(self) -> Tensor:
+        """bool ``[B, N, N]``: each document by itself, causal; rows of padding see nothing and nothing sees them."""
+        mask = DocumentMask(self.lengths).to_dense()
+        for row, count in enumerate(self.padding):
+            mask[row, mask.shape[1] - count :] = False
+        return mask
 
 
 class BatchLoader:
@@ -159,6 +169,7 @@ class BatchLoader:
         labels = np.full((len(packs), width), IGNORE_INDEX, dtype=np.int64)
         input_pos = np.zeros((len(packs), width), dtype=np.int64)
         lengths: list[list[int]] = []
+        padding: list[int] = []
         for i, pack in enumerate(packs):
             begin = 0
             lengths.append([])
@@ -169,6 +180,7 @@ class BatchLoader:
                 input_pos[i, begin:end] = np.arange(len(ids))
                 lengths[i].append(len(ids))
                 begin = end
+            padding.append(width - begin)
             if begin < width:
                 input_pos[i, begin:] = np.arange(width - begin)
                 lengths[i].append(width - begin)
@@ -177,6 +189,7 @@ class BatchLoader:
             labels=torch.from_numpy(labels),
             input_pos=torch.from_numpy(input_pos),
             lengths=lengths,
+            padding=padding,
             row_ids=[int(row) for pack in packs for row in self.dataset.row_numbers[pack]],
             num_input_tokens=sum(counts),
             num_label_tokens=int((labels != IGNORE_INDEX).sum()),

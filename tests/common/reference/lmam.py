@@ -1,6 +1,7 @@
 """LMAM: a learned map beside the attention map, on n positions of each document.
 
-    map = (a + PE)(b + PE) scale      PE_pos = 1 / 10000^(2 pos / n), added along the n axis; or w scale at full rank
+    map = (a + PE) b scale            PE_pos = 1 / 10000^(2 pos / n), added along the n axis; or w scale at full rank
+                                      b is the seed's W_b + PE
     default         (A1 + tril(map)) v
     inside_softmax  softmax(q k^T / sqrt(hd) + map) v      the map is 0 outside its n positions
     softmax_map     (A1 + softmax(map, -inf above the diagonal)) v
@@ -29,7 +30,7 @@ def learned_map(s: Sublayer, head: int) -> Tensor:
     a, b = a[head % count], b[head % count]
     if s.options.get("position", "pe") == "pe":
         encoding = torch.tensor([1 / 10_000 ** (2 * pos / n) for pos in range(n)], dtype=a.dtype)
-        a, b = a + encoding[:, None], b + encoding[None, :]
+        a = a + encoding[:, None]
     return a @ b * scale
 
 

@@ -15,6 +15,7 @@ from tests.common.cases import (
     MAIN_LAYOUTS,
     NO_CACHE,
     NO_FLEX,
+    SEES_THE_LENGTH,
     MethodCase,
     case_and_heads,
     exception,
@@ -52,6 +53,18 @@ def test_outputs_before_a_change_are_bit_equal(case: MethodCase, heads: str, cov
                 assert torch.equal(after[:, :first], before[:, :first]), (name, backend, first)
                 assert (after[:, first] - before[:, first]).abs().max() > 1e-3
             covered("causality", case, heads, [name], [backend])
+
+
+@pytest.mark.parametrize(("case", "heads"), case_and_heads())
+@torch.no_grad()
+def test_a_text_that_goes_on_does_not_change_its_beginning(case: MethodCase, heads: str, covered: Any) -> None:
+    model, tokens = woken_model(case, heads), random_tokens()
+    difference = (model(tokens)[:, :7] - model(tokens[:, :7])).abs().max()
+    if exception(SEES_THE_LENGTH, case) and case.options.get("n", 0) < LENGTH:  # a wider map lies the same way
+        assert difference > 1e-3
+    else:
+        assert difference < 1e-5
+    covered("causality", case, heads, ["causal"], ["sdpa"])
 
 
 @pytest.mark.usefixtures("uncompiled")

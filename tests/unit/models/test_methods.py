@@ -88,7 +88,11 @@ class Packed(Measured):
 LONG = 8192
 
 
-@pytest.mark.parametrize("lengths", [[LONG], [5000, 3, 3189], [64] * 128], ids=["whole", "packed", "short"])
+@pytest.mark.parametrize(
+    "lengths",
+    [[LONG], [5000, 3, 3189], [64] * 128, [128] + [2] * 4032],
+    ids=["whole", "packed", "short", "one long and many short"],
+)
 @pytest.mark.parametrize(
     "options", [{}, {"alignment": "end"}, {"n": 256, "heads": 1}, {"softmax_map": True}, {"full_rank": True}], ids=str
 )

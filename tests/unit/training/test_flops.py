@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from lrdint_tune.attention import Layout, integral
 from lrdint_tune.models import LlamaDecoder, llama3_2
 from lrdint_tune.training.flops import training_flops_per_token
+from tests.common.cases import CASES, MethodCase
 
 SIZES: dict[str, Any] = dict(
     vocab_size=300,
@@ -47,6 +49,26 @@ def counted(model: LlamaDecoder) -> float:
 def test_all_trained(options: dict[str, Any]) -> None:
     model = llama3_2(**{**SIZES, **options})
     assert training_flops_per_token(model, N) == pytest.approx(counted(model), rel=0.01)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.options["method"] != "none"], ids=str)
+def test_every_method(case: MethodCase) -> None:
+    """With an MLP so narrow that the method's own part shows."""
+    model = llama3_2(**{**SIZES, "intermediate_dim": 64, "vocab_size": 64, "embed_dim": 384, **case.options})
+    tokens = torch.randint(0, 64, (1, N))
+    with FlopCounterMode(display=False) as counter:
+        model(tokens, labels=tokens).backward()
+    causal_dint = case.options["method"] == "dint" and case.options.get("integral") != "sequence"
+    integral = _integral_flops(model) if causal_dint else 0.0
+    assert training_flops_per_token(model, N) == pytest.approx(counter.get_total_flops() / N - integral, rel=0.01)
+
+
+def _integral_flops(model: LlamaDecoder) -> float:
+    """Of the running mean as matrix products, per token."""
+    o = torch.randn(1, model.spec.num_heads, N, model.spec.head_dim, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        integral(o, o.detach(), torch.ones(1), Layout(None, None, num_queries=N)).sum().backward()
+    return model.spec.num_layers * counter.get_total_flops() / N
 
 
 def test_frozen_weights_cost_less() -> None:

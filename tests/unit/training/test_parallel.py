@@ -140,3 +140,12 @@ def test_selective_gradients_are_the_same_bits(options: dict[str, Any]) -> None:
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     for other in gradients[1:]:
         assert [name for name, g in gradients[0].items() if not torch.equal(g, other[name])] == []
+
+
+def test_a_frozen_lambda_stays_float32() -> None:
+    model = build()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    set_precision(model, "bf16")
+    dtypes = {name: p.dtype for name, p in model.named_parameters()}
+    assert all((dtype == torch.float32) == (".lam." in name) for name, dtype in dtypes.items())
