@@ -168,6 +168,24 @@ def test_activation_checkpointing(even: Path, mode: str, size: int, dtype: str) 
         assert_same_step(step, expected, loss=0, gradients=0)
 
 
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param(other("dex", lam="exponential"), id="dex"),
+        pytest.param(other("diffv", lam="sigmoid"), id="diffv"),
+        pytest.param(other("lmam", n=256, scale=1.0, softmax_map=True), id="lmam"),
+    ],
+)
+def test_activation_checkpointing_of_other_methods(even: Path, model: dict[str, Any]) -> None:
+    """What a method computes beside the pretrained attention comes again with the same bits."""
+    changes = {"lam_lr": None, "dtype": "bf16", **model}
+    expected = run_ranks(trainer_step, 2, even, changes)[0]
+    for step in run_ranks(
+        trainer_step, 2, even, {**changes, "enable_activation_checkpointing": True, "ac_mode": "selective"}
+    ):
+        assert_same_step(step, expected, loss=0, gradients=0, asleep=("method.a",))
+
+
 def test_replicas_of_one_shard_each(even: Path) -> None:
     """A 2 x 1 mesh: gradients are averaged over the replicas."""
     changes = {**DINT, "data_parallel_replicate_dim": 2, "data_parallel_shard_dim": 1}
