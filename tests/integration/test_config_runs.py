@@ -72,7 +72,7 @@ def test_five_steps(file: Path, host: dict[str, Any], tmp_path: Path) -> None:
     config["checkpointer"] = {"checkpoint_dir": str(host["folder"])}
     for key in ("dataset", "dataset_val"):
         rows = tmp_path / f"{key}.jsonl"
-        write_rows(rows, config[key], 300 if key == "dataset" else 16)
+        write_rows(rows, config[key], 1200 if key == "dataset" else 16)
         config[key] = {
             **{k: v for k, v in config[key].items() if k not in ("num_rows", "split")},
             "source": "json",
