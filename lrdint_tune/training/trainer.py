@@ -9,12 +9,13 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from lrdint_tune.attention import DocumentMask
 from lrdint_tune.errors import ConfigError
@@ -291,7 +292,9 @@ class Trainer:
             )
 
         losses = []
-        for batch in batches:
+        for i, batch in enumerate(batches):
+            # Between the passes of a step each rank adds up its own gradients; they travel once.
+            cast(FSDPModule, self.model).set_requires_gradient_sync(i == len(batches) - 1)
             loss = self._loss(self.loader, batch)
             # FSDP2 averages gradients over the ranks; the loss is per token over all of them.
             (loss * (self.world.size / label_tokens)).backward()

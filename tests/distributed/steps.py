@@ -12,6 +12,8 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lrdint_tune.attention import DocumentMask
 from lrdint_tune.export import save_hf_folder
@@ -86,6 +88,26 @@ def trainer_step(file: Path, changes: dict[str, Any], at: int = 0) -> Step:
     trainer.optimizer.step = cast(Callable[..., Any], collect)
     values, *_ = trainer._train_step(logging_step=False)
     return Step(values["loss_metrics/global_avg_loss"], gradients, list(trainer.model.state_dict()))
+
+
+def reduced_elements(file: Path, changes: dict[str, Any]) -> tuple[list[int], int]:
+    """The elements that each reduce-scatter of one step takes from this rank, and how many parameters are trained.
+
+    (torch's own communication debug mode trips over the RoPE module that all layers share.)
+    """
+    trainer = start_trainer(file, changes)
+    elements = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if "reduce_scatter" in func.__name__:
+                _, sent, *_ = args
+                elements.append(sum(t.numel() for t in tree_leaves(sent) if isinstance(t, Tensor)))
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        trainer._train_step(logging_step=False)
+    return elements, sum(p.numel() for p in trainer.trained)
 
 
 def plain_step(file: Path, changes: dict[str, Any], at: int = 0) -> Step:
