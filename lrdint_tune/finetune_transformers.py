@@ -44,10 +44,11 @@ from lrdint_tune.hosts.model import (
     state_of,
 )
 from lrdint_tune.hosts.saving import check_folder, save
-from lrdint_tune.training.components import build, build_tokenizer
+from lrdint_tune.training import startup
+from lrdint_tune.training.components import build, build_recorder, build_tokenizer
 from lrdint_tune.training.config import Section, load_config
 from lrdint_tune.training.data import IGNORE_INDEX, Batch, BatchLoader, TokenisedDataset
-from lrdint_tune.training.metrics import Progress, TensorBoardLogger
+from lrdint_tune.training.metrics import Progress
 from lrdint_tune.training.trainable import optimizer_groups
 from lrdint_tune.training.trainer import CALIBRATION_BATCHES, NonFiniteLossError
 from lrdint_tune.training.world import resolve_device
@@ -80,11 +81,7 @@ class Finetuning:
             )
         if cfg.max_seq_len > max_length(model):
             raise ConfigError(f"max_seq_len={cfg.max_seq_len}: the model's limit is {max_length(model)}; lower it")
-        if cfg.calibration_batches is not None and not any(m.needs_calibration for m in methods(model)):
-            log.warning("calibration_batches has no effect: only heads=top_entropy calibrates")
-        reasons = sorted({reason for method in methods(model) for reason in method.differs_at_start()})
-        if reasons:
-            log.warning("the model does not begin as the pretrained one: %s", "; ".join(reasons))
+        startup.warn(methods(model), cfg)
         tokenizer = build_tokenizer(cfg.tokenizer)
         self.loader = self._loader("dataset", cfg.dataset, tokenizer, model)
         self.loader_val = None
@@ -93,13 +90,7 @@ class Finetuning:
         steps = self.loader.steps_per_epoch(cfg.batch_size * cfg.accumulation)
         self.steps_per_epoch = min(steps, cfg.max_steps_per_epoch or steps)
         self.total_steps = self.steps_per_epoch * cfg.epochs
-        logger = cfg.metric_logger or {
-            "_component_": "lrdint_tune.training.metrics.TensorBoardLogger",
-            "log_dir": str(Path(cfg.output_dir) / "logs"),
-        }
-        self.recorder = build("metric_logger", logger)
-        if not isinstance(self.recorder, TensorBoardLogger):
-            raise ConfigError(f"metric_logger={cfg.metric_logger}: use lrdint_tune.training.metrics.TensorBoardLogger")
+        self.recorder = build_recorder(cfg)
 
         torch.manual_seed(cfg.seed)
         self.model = self._build(weights=True).to(self.device)  # type: ignore[arg-type]  # a decorated nn.Module.to
@@ -231,7 +222,6 @@ class Finetuning:
 
     def _calibrate(self) -> None:
         count = min(self.cfg.calibration_batches or CALIBRATION_BATCHES, self.steps_per_epoch * self.cfg.accumulation)
-        self.model.eval()
         self.loader.start_epoch(0)
         calibrate(self.model, (self._inputs(self.loader, self.loader.next_batch()) for _ in range(count)))
 

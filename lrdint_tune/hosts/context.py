@@ -120,6 +120,6 @@ class ValueContext(AttentionContext):
 
 def _projections(layer: HostLayer) -> Projections:
     def no_keys(x: Tensor) -> Tensor:
-        raise NotImplementedError("a host has no place for keys of a method's own")
+        raise RuntimeError("a host has no place for keys of a method's own")
 
     return Projections(layer.query, no_keys, layer.value, rope=None)

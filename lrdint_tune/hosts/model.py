@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
-from lrdint_tune.attention import AttentionMethod
+from lrdint_tune.attention import AttentionMethod, calibration
 from lrdint_tune.errors import ConfigError
 from lrdint_tune.hosts.attach import Attached, attached
 
@@ -105,23 +104,9 @@ def advance_schedule(model: nn.Module, step: int) -> None:
         method.advance_schedule(step)
 
 
-@torch.no_grad()
 def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> None:
-    """Let the methods choose what depends on the data (``dex`` with ``heads: top_entropy``: its heads).
-
-    Args:
-        model: with a method.
-        batches: keyword arguments of the model's forward, one mapping per batch.
-    """
-    choosing = [method for method in methods(model) if method.needs_calibration]
-    if not choosing:
-        return
-    for method in choosing:
-        method.start_calibration()
-    for batch in batches:
-        model(**batch)
-    for method in choosing:
-        method.finish_calibration()
+    """See :func:`lrdint_tune.attention.calibration.calibrate`."""
+    calibration.calibrate(model, methods(model), batches)
 
 
 def enable_diagnostics(model: nn.Module, enabled: bool = True) -> None:

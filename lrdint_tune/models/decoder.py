@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -12,6 +12,7 @@ from torchtune.modules import TransformerDecoder
 
 from lrdint_tune.adapters import attach_adapters, check_adapters, is_merged
 from lrdint_tune.attention import AttentionMethod, DifferentialSelfAttention, Layout
+from lrdint_tune.attention.calibration import calibrate
 from lrdint_tune.attention.layout import MaskType
 from lrdint_tune.errors import ConfigError
 from lrdint_tune.models.loss import summed_cross_entropy
@@ -117,24 +118,9 @@ class LlamaDecoder(TransformerDecoder):
         """Whether a method wants to see some batches (:meth:`calibrate`) before training."""
         return any(method.needs_calibration for method in self.methods())
 
-    @torch.no_grad()
-    def calibrate(self, batches: Iterable[dict[str, Any]], *, reduce: Callable[[Tensor], Any] | None = None) -> None:
-        """Let the methods choose what depends on the data (``dex`` with ``heads: top_entropy``: its heads).
-
-        Args:
-            batches: keyword arguments of :meth:`forward`, one dict per batch.
-            reduce: adds a float32 tensor up over processes, in place; None for one process.
-        """
-        sums = [method.start_calibration() for method in self.methods()]
-        training = self.training
-        self.eval()  # the adapters' dropout
-        for batch in batches:
-            self(**batch)
-        self.train(training)
-        for method, total in zip(self.methods(), sums, strict=True):
-            if reduce is not None:
-                reduce(total)
-            method.finish_calibration()
+    def calibrate(self, batches: Iterable[Mapping[str, Any]], *, reduce: Callable[[Tensor], Any] | None = None) -> None:
+        """See :func:`~lrdint_tune.attention.calibration.calibrate`; ``batches`` are arguments of :meth:`forward`."""
+        calibrate(self, self.methods(), batches, reduce=reduce)
 
     def enable_diagnostics(self, enabled: bool = True) -> None:
         """Make the following forwards keep (or no longer keep) the scalars that :meth:`diagnostics` returns."""

@@ -15,8 +15,9 @@ from torchtune.config._utils import _get_component_from_path
 from lrdint_tune.attention import method_options
 from lrdint_tune.errors import ConfigError
 from lrdint_tune.models.decoder import LlamaDecoder
-from lrdint_tune.training.config import Section, TrainConfig
+from lrdint_tune.training.config import RunConfig, Section, TrainConfig
 from lrdint_tune.training.data import BatchLoader, main_process_first
+from lrdint_tune.training.metrics import TensorBoardLogger
 from lrdint_tune.training.world import World
 
 
@@ -81,6 +82,22 @@ def build_model(cfg: TrainConfig, *, total_steps: int | None = None) -> LlamaDec
     if cfg.max_seq_len > model.spec.max_seq_len:
         raise ConfigError(f"max_seq_len={cfg.max_seq_len}: the model's limit is {model.spec.max_seq_len}; lower it")
     return model
+
+
+def build_recorder(cfg: RunConfig) -> TensorBoardLogger:
+    """What writes the curves, into ``output_dir/logs`` if the config does not say.
+
+    Raises:
+        ConfigError: another component than this package's, or one of its options is wrong.
+    """
+    default = {
+        "_component_": "lrdint_tune.training.metrics.TensorBoardLogger",
+        "log_dir": str(Path(cfg.output_dir) / "logs"),
+    }
+    recorder = build("metric_logger", cfg.metric_logger or default)
+    if not isinstance(recorder, TensorBoardLogger):
+        raise ConfigError(f"metric_logger={cfg.metric_logger}: use lrdint_tune.training.metrics.TensorBoardLogger")
+    return recorder
 
 
 def accumulation_steps(cfg: TrainConfig, world_size: int) -> int:

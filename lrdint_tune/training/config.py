@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints, overload
+from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints, overload
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -20,8 +20,14 @@ Section = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """Every key a training config may have. Sizes are in tokens, intervals in optimizer steps."""
+class RunConfig:
+    """The keys that every training config may have. Sizes are in tokens, intervals in optimizer steps.
+
+    Attributes:
+        groups: what ``trainable`` may list.
+    """
+
+    groups: ClassVar[tuple[str, ...]]
 
     output_dir: str
     tokenizer: Section
@@ -30,8 +36,7 @@ class TrainConfig:
     dataset: Section
     optimizer: Section
     # What is trained
-    trainable: list[str] = field(default_factory=lambda: ["adapter", "attention"])
-    untie_lm_head: bool = False
+    trainable: list[str] = field(default_factory=lambda: ["adapter"])
     # Data
     max_seq_len: int = 2048
     dataset_val: Section | None = None
@@ -51,23 +56,13 @@ class TrainConfig:
     device: str = "auto"
     dtype: str = "bf16"
     seed: int = 0
-    data_parallel_replicate_dim: int = 1
-    data_parallel_shard_dim: int = -1
-    enable_activation_checkpointing: bool = False
-    ac_mode: str = "full"
-    # Checkpoints and records
-    save_every_n_steps: int | None = None
-    keep_last_n_checkpoints: int = 2
-    resume: str = "auto"
-    run_val_every_n_steps: int | None = None
+    # Records
     log_every_n_steps: int = 1
     metric_logger: Section | None = None
 
     def __post_init__(self) -> None:
-        _choice("dtype", self.dtype, ("bf16", "fp32"), hint="fp16 is not supported: its range needs loss scaling")
-        _choice("device", self.device, ("auto", "cpu", "cuda"))
-        _choice("ac_mode", self.ac_mode, ("full", "selective"))
-        for key in (
+        check_choice("device", self.device, ("auto", "cpu", "cuda"))
+        self._at_least_one(
             "max_seq_len",
             "batch_size",
             "batch_size_val",
@@ -75,20 +70,9 @@ class TrainConfig:
             "global_batch_size",
             "epochs",
             "max_steps_per_epoch",
-            "save_every_n_steps",
-            "keep_last_n_checkpoints",
-            "run_val_every_n_steps",
-            "log_every_n_steps",
-            "data_parallel_replicate_dim",
             "calibration_batches",
-        ):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise ConfigError(f"{key}={value}: must be at least 1")
-        if self.data_parallel_shard_dim < 1 and self.data_parallel_shard_dim != -1:
-            raise ConfigError(
-                f"data_parallel_shard_dim={self.data_parallel_shard_dim}: must be at least 1, or -1 for the rest"
-            )
+            "log_every_n_steps",
+        )
         if self.seed < 0:
             raise ConfigError(f"seed={self.seed}: must not be negative")
         for key in ("clip_grad_norm", "lam_lr"):
@@ -100,18 +84,56 @@ class TrainConfig:
                 f"global_batch_size={self.global_batch_size}: also gradient_accumulation_steps="
                 f"{self.gradient_accumulation_steps} is set; one follows from the other, remove one"
             )
-        for group in self.trainable:
-            _choice("trainable", group, TRAINABLE_GROUPS)
         if not self.trainable:
-            raise ConfigError(f"trainable=[]: nothing to train; list some of {', '.join(TRAINABLE_GROUPS)}")
-        if self.run_val_every_n_steps and self.dataset_val is None:
-            raise ConfigError(
-                f"run_val_every_n_steps={self.run_val_every_n_steps}: there is no dataset_val; add that section"
-            )
+            raise ConfigError(f"trainable=[]: nothing to train; list some of {', '.join(self.groups)}")
         for key in ("tokenizer", "model", "dataset", "dataset_val", "optimizer", "lr_scheduler", "metric_logger"):
             section = getattr(self, key)
             if section is not None and "_component_" not in section:
                 raise ConfigError(f"{key}={section}: has no _component_; give the dotted path of what to build")
+
+    def _at_least_one(self, *keys: str) -> None:
+        for key in keys:
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ConfigError(f"{key}={value}: must be at least 1")
+
+
+@dataclass(frozen=True)
+class TrainConfig(RunConfig):
+    """Every key that a config of the FSDP2 recipe may have."""
+
+    groups: ClassVar[tuple[str, ...]] = TRAINABLE_GROUPS
+
+    trainable: list[str] = field(default_factory=lambda: ["adapter", "attention"])
+    untie_lm_head: bool = False
+    # Machine
+    data_parallel_replicate_dim: int = 1
+    data_parallel_shard_dim: int = -1
+    enable_activation_checkpointing: bool = False
+    ac_mode: str = "full"
+    # Checkpoints and records
+    save_every_n_steps: int | None = None
+    keep_last_n_checkpoints: int = 2
+    resume: str = "auto"
+    run_val_every_n_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("dtype", self.dtype, ("bf16", "fp32"), hint="fp16 is not supported: its range needs loss scaling")
+        super().__post_init__()
+        check_choice("ac_mode", self.ac_mode, ("full", "selective"))
+        self._at_least_one(
+            "save_every_n_steps", "keep_last_n_checkpoints", "run_val_every_n_steps", "data_parallel_replicate_dim"
+        )
+        if self.data_parallel_shard_dim < 1 and self.data_parallel_shard_dim != -1:
+            raise ConfigError(
+                f"data_parallel_shard_dim={self.data_parallel_shard_dim}: must be at least 1, or -1 for the rest"
+            )
+        for group in self.trainable:
+            check_choice("trainable", group, self.groups)
+        if self.run_val_every_n_steps and self.dataset_val is None:
+            raise ConfigError(
+                f"run_val_every_n_steps={self.run_val_every_n_steps}: there is no dataset_val; add that section"
+            )
         if "checkpoint_dir" not in self.checkpointer:
             raise ConfigError(
                 f"checkpointer={self.checkpointer}: has no checkpoint_dir; give the folder of the pretrained weights"
@@ -170,7 +192,8 @@ def _typed(key: str, value: Any, hint: Any) -> Any:
     raise ConfigError(f"{key}={value!r}: must be {names}")
 
 
-def _choice(key: str, value: str, valid: tuple[str, ...], hint: str = "") -> None:
+def check_choice(key: str, value: str, valid: tuple[str, ...], hint: str = "") -> None:
+    """Raises ConfigError unless ``value`` is one of ``valid``; ``hint`` is added for fp16."""
     if value not in valid:
         extra = f" ({hint})" if hint and value == "fp16" else ""
         raise ConfigError(f"{key}={value!r}: unknown{extra}; choose from {', '.join(valid)}")

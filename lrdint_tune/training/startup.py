@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
+from lrdint_tune.attention import AttentionMethod
 from lrdint_tune.errors import ConfigError
 from lrdint_tune.export import plan_export
 from lrdint_tune.models.decoder import LlamaDecoder
-from lrdint_tune.training.config import TrainConfig
+from lrdint_tune.training.config import RunConfig, TrainConfig
 
 log = logging.getLogger(__name__)
 
@@ -30,12 +32,12 @@ def check_outputs(model: LlamaDecoder, cfg: TrainConfig) -> None:
         plan_export(model.state_dict(), model.spec, output_dirs=(adapter, hf))
 
 
-def warn(model: LlamaDecoder, cfg: TrainConfig) -> None:
-    """Log what a user may not expect of this model and config."""
-    for caution in sorted({method.caution for method in model.methods() if method.caution is not None}):
+def warn(methods: Sequence[AttentionMethod], cfg: RunConfig) -> None:
+    """Log what a user may not expect of a model with these methods and this config."""
+    for caution in sorted({method.caution for method in methods if method.caution is not None}):
         log.warning(caution)
-    reasons = sorted({reason for method in model.methods() for reason in method.differs_at_start()})
+    reasons = sorted({reason for method in methods for reason in method.differs_at_start()})
     if reasons:
         log.warning("the model does not begin as the pretrained one: %s", "; ".join(reasons))
-    if cfg.calibration_batches is not None and not model.needs_calibration:
+    if cfg.calibration_batches is not None and not any(method.needs_calibration for method in methods):
         log.warning("calibration_batches has no effect: only heads=top_entropy calibrates")

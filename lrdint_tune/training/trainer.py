@@ -24,7 +24,14 @@ from lrdint_tune.models.hf import check_hf_config, iter_hf_folder, weights_diges
 from lrdint_tune.models.spec import ModelSpec
 from lrdint_tune.training import parallel, startup
 from lrdint_tune.training.checkpoint import CheckpointManager, check_same_run
-from lrdint_tune.training.components import accumulation_steps, build, build_loader, build_model, build_tokenizer
+from lrdint_tune.training.components import (
+    accumulation_steps,
+    build,
+    build_loader,
+    build_model,
+    build_recorder,
+    build_tokenizer,
+)
 from lrdint_tune.training.config import TrainConfig
 from lrdint_tune.training.data import Batch, BatchLoader
 from lrdint_tune.training.flops import training_flops_per_token
@@ -82,10 +89,8 @@ class Trainer:
         self.base_digest = weights_digest(self.checkpoint_dir)
         startup.check_outputs(model, cfg)
         if world.is_main:
-            startup.warn(model, cfg)
-        self.recorder = build("metric_logger", cfg.metric_logger or self._default_logger())
-        if not isinstance(self.recorder, TensorBoardLogger):
-            raise ConfigError(f"metric_logger={cfg.metric_logger}: use lrdint_tune.training.metrics.TensorBoardLogger")
+            startup.warn(model.methods(), cfg)
+        self.recorder = build_recorder(cfg)
 
         self.step = 0
         self.continues_method = False  # until the weights show that they hold the method's tensors
@@ -157,12 +162,6 @@ class Trainer:
         self.model.calibrate(batches, reduce=dist.all_reduce)
         if self.world.is_main:
             log.info("calibrated on the first %d global batches", count)
-
-    def _default_logger(self) -> dict[str, str]:
-        return {
-            "_component_": "lrdint_tune.training.metrics.TensorBoardLogger",
-            "log_dir": str(self.output_dir / "logs"),
-        }
 
     # ------------------------------------------------------------------ state
 

@@ -95,11 +95,11 @@ class AttentionMethod(nn.Module, ABC):
     def start_calibration(self) -> Tensor:
         """Make the following forwards collect statistics; returns the tensor in which they are summed, which the
         caller may add up over processes."""
-        raise NotImplementedError(f"method {self.name!r} needs no calibration")
+        raise RuntimeError(f"method {self.name!r} needs no calibration")
 
     def finish_calibration(self) -> None:
         """Act on what was collected."""
-        raise NotImplementedError(f"method {self.name!r} needs no calibration")
+        raise RuntimeError(f"method {self.name!r} needs no calibration")
 
     def observe(self, signal: Tensor, noise: Tensor, lam: Tensor | None = None) -> None:
         """Keep ``||O2|| / ||O1||`` and λ (mean, min, max over heads) of this forward, if diagnostics are enabled."""
