@@ -109,6 +109,8 @@ class TrainConfig(RunConfig):
     # Machine
     data_parallel_replicate_dim: int = 1
     data_parallel_shard_dim: int = -1
+    tensor_parallel_dim: int = 1
+    context_parallel_dim: int = 1
     enable_activation_checkpointing: bool = False
     ac_mode: str = "full"
     # Checkpoints and records
@@ -122,11 +124,22 @@ class TrainConfig(RunConfig):
         super().__post_init__()
         check_choice("ac_mode", self.ac_mode, ("full", "selective"))
         self._at_least_one(
-            "save_every_n_steps", "keep_last_n_checkpoints", "run_val_every_n_steps", "data_parallel_replicate_dim"
+            "save_every_n_steps",
+            "keep_last_n_checkpoints",
+            "run_val_every_n_steps",
+            "data_parallel_replicate_dim",
+            "tensor_parallel_dim",
+            "context_parallel_dim",
         )
         if self.data_parallel_shard_dim < 1 and self.data_parallel_shard_dim != -1:
             raise ConfigError(
                 f"data_parallel_shard_dim={self.data_parallel_shard_dim}: must be at least 1, or -1 for the rest"
+            )
+        if self.max_seq_len % self.context_parallel_dim:
+            raise ConfigError(
+                f"context_parallel_dim={self.context_parallel_dim}: does not divide max_seq_len={self.max_seq_len} "
+                f"({self.max_seq_len} / {self.context_parallel_dim} = "
+                f"{self.max_seq_len / self.context_parallel_dim:.2f}); change one of them"
             )
         for group in self.trainable:
             check_choice("trainable", group, self.groups)

@@ -12,7 +12,7 @@ from torch import Tensor
 from lrdint_tune.export import save_adapter, save_hf_folder
 from lrdint_tune.models.decoder import LlamaDecoder, is_new_tensor
 from lrdint_tune.training.config import TrainConfig
-from lrdint_tune.training.parallel import full_tensor
+from lrdint_tune.training.weights import full_tensor
 
 log = logging.getLogger(__name__)
 

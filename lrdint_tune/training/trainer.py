@@ -22,7 +22,7 @@ from lrdint_tune.errors import ConfigError
 from lrdint_tune.models.decoder import LlamaDecoder, is_method_tensor
 from lrdint_tune.models.hf import check_hf_config, iter_hf_folder, weights_digest
 from lrdint_tune.models.spec import ModelSpec
-from lrdint_tune.training import parallel, startup
+from lrdint_tune.training import startup
 from lrdint_tune.training.checkpoint import CheckpointManager, check_same_run
 from lrdint_tune.training.components import (
     accumulation_steps,
@@ -37,8 +37,10 @@ from lrdint_tune.training.data import Batch, BatchLoader
 from lrdint_tune.training.flops import training_flops_per_token
 from lrdint_tune.training.gradients import adapter_norms, total_norm
 from lrdint_tune.training.metrics import Progress, TensorBoardLogger, Throughput, memory_values
+from lrdint_tune.training.parallelize import parallelize
 from lrdint_tune.training.results import write_results
 from lrdint_tune.training.trainable import LAMBDA_GROUP, optimizer_groups, parameter_table, set_trainable
+from lrdint_tune.training.weights import initial_method_state, load_weights, materialise
 from lrdint_tune.training.world import World
 
 log = logging.getLogger(__name__)
@@ -131,14 +133,10 @@ class Trainer:
         return dataclasses.replace(spec, tie_word_embeddings=True) if self.cfg.untie_lm_head else spec
 
     def _load_model(self, model: LlamaDecoder) -> LlamaDecoder:
-        cfg, world = self.cfg, self.world
-        parallel.set_precision(model, cfg.dtype)
-        if cfg.enable_activation_checkpointing:
-            parallel.checkpoint_activations(model, cfg.ac_mode)
-        new_tensors = parallel.initial_method_state(model, cfg.seed)
-        parallel.shard_model(model, world.mesh, cfg.dtype)
-        parallel.materialise(model, world.device)
-        parallel.load_weights(model, self._weights(new_tensors))
+        new_tensors = initial_method_state(model, self.cfg.seed)
+        parallelize(model, self.cfg, self.world.mesh)
+        materialise(model, self.world.device)
+        load_weights(model, self._weights(new_tensors))
         return model
 
     def _weights(self, new_tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

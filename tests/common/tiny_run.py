@@ -27,6 +27,12 @@ SIZES: dict[str, Any] = {
 }
 
 
+def tiny_dint(device: str = "cpu", **options: Any) -> LlamaDecoder:
+    """The run's model with method ``dint``, randomly initialised."""
+    with torch.device(device):
+        return llama3_2(**{**SIZES, "method": "dint", "rank": 2, **options})
+
+
 def write_tokenizer(folder: Path) -> None:
     """A tokenizer of the 256 bytes and three special tokens, in Hugging Face's files."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

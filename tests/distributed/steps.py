@@ -21,9 +21,9 @@ from lrdint_tune.models import llama3_2
 from lrdint_tune.models.hf import iter_hf_folder
 from lrdint_tune.training.components import build_loader, build_model, build_tokenizer
 from lrdint_tune.training.config import TrainConfig, load_config
-from lrdint_tune.training.parallel import full_tensor, initial_method_state, load_weights
 from lrdint_tune.training.trainable import set_trainable
 from lrdint_tune.training.trainer import Trainer
+from lrdint_tune.training.weights import full_tensor, initial_method_state, load_weights
 from lrdint_tune.training.world import World, start_world
 
 

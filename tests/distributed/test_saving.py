@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from lrdint_tune.models.hf import iter_hf_folder
 from lrdint_tune.training.components import build_model
-from lrdint_tune.training.parallel import full_tensor
+from lrdint_tune.training.weights import full_tensor
 from tests.common.tiny_run import write_model, write_run
 from tests.distributed.harness import run_ranks
 from tests.distributed.steps import read_config, start_trainer

@@ -15,8 +15,8 @@ from lrdint_tune.attention import DocumentMask
 from lrdint_tune.export import load_adapter
 from lrdint_tune.models import LlamaDecoder, llama3_2
 from lrdint_tune.models.hf import iter_hf_folder, spec_from_hf_config
-from lrdint_tune.training.parallel import full_tensor, load_weights
 from lrdint_tune.training.trainer import Trainer
+from lrdint_tune.training.weights import full_tensor, load_weights
 from tests.common.tiny_run import SIZES, read_losses
 from tests.distributed.harness import run_recipe
 from tests.integration.runs import finished_run, values

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from lrdint_tune.models import LlamaDecoder
-from lrdint_tune.training.parallel import checkpoint_activations, initial_method_state, load_weights, materialise
+from lrdint_tune.training.activations import checkpoint_activations
 from lrdint_tune.training.trainable import optimizer_groups, set_trainable
+from lrdint_tune.training.weights import initial_method_state, load_weights, materialise
 from tests.common.adapters import ALL, LINEAR, wake_adapters
 from tests.common.models import tiny_model, wake
 
