@@ -35,7 +35,11 @@ def recipe_main(cfg: DictConfig) -> int:
     try:
         checked = load_config(cfg)
         world = start_world(
-            checked.device, replicate=checked.data_parallel_replicate_dim, shard=checked.data_parallel_shard_dim
+            checked.device,
+            replicate=checked.data_parallel_replicate_dim,
+            shard=checked.data_parallel_shard_dim,
+            context=checked.context_parallel_dim,
+            tensor=checked.tensor_parallel_dim,
         )
         Trainer(checked, world).train()
     except (ConfigError, NonFiniteLossError) as error:

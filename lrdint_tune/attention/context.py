@@ -69,12 +69,12 @@ class AttentionContext:
 
     @cached_property
     def k(self) -> Tensor:
-        """Primary keys after RoPE, cached ones included, ``[B, K, M, hd]``."""
+        """Primary keys after RoPE, cached and gathered ones included, ``[B, K, M, hd]``."""
         return self.keys(self.project_k(self.x), "k")
 
     @cached_property
     def v(self) -> Tensor:
-        """Primary values, cached ones included, ``[B, K, M, hd]``."""
+        """Primary values, cached and gathered ones included, ``[B, K, M, hd]``."""
         return self.values(self.project_v(self.x), "v")
 
     def project_q(self, x: Tensor) -> Tensor:
@@ -95,11 +95,11 @@ class AttentionContext:
 
     def keys(self, t: Tensor, stream: str) -> Tensor:
         """``[B, N, K, hd]`` -> ``[B, K, M, hd]`` with RoPE, after the cached keys of ``stream``."""
-        return self._cached(self._rotate(t).transpose(1, 2), stream)
+        return self._with_earlier(self._rotate(t).transpose(1, 2), stream)
 
     def values(self, t: Tensor, stream: str) -> Tensor:
         """``[B, N, K, hd]`` -> ``[B, K, M, hd]``, after the cached values of ``stream``."""
-        return self._cached(t.transpose(1, 2), stream)
+        return self._with_earlier(t.transpose(1, 2), stream)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, bias: Tensor | None = None) -> Tensor:
         """``softmax(q k^T * scale + bias) v``, ``[B, H, N, hd]``; ``scale`` defaults to ``1/sqrt(hd)``, ``bias`` ``[B,
@@ -134,5 +134,7 @@ class AttentionContext:
         rope = self._projections.rope
         return t if rope is None else rope(t, input_pos=self._layout.input_pos)
 
-    def _cached(self, t: Tensor, stream: str) -> Tensor:
+    def _with_earlier(self, t: Tensor, stream: str) -> Tensor:
+        if self._layout.shard is not None:  # those of later processes are nobody's business here
+            return self._layout.shard.gather(t, 2)[:, :, : self._layout.num_keys]
         return t if self._cache is None else self._cache.append(stream, t)

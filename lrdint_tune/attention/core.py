@@ -24,8 +24,8 @@ class Backend(str, Enum):
     """Which kernel computes ``softmax(q k^T s) v``.
 
     ``eager`` materialises the ``N x N`` map (the reference, and what FLOP counters can see); ``sdpa`` is torch's fused
-    kernel; ``flex`` is FlexAttention (CUDA; forward only on CPU); ``auto`` takes ``flex`` for block masks and for
-    packed documents on CUDA, ``sdpa`` otherwise.
+    kernel; ``flex`` is FlexAttention (CUDA; forward only on CPU); ``auto`` takes ``flex`` for block masks and, on CUDA,
+    for packed documents and for sequences that several processes share; ``sdpa`` otherwise.
     """
 
     EAGER = "eager"
@@ -64,8 +64,8 @@ def attend(
         ``[B, H, N, hd]`` in ``q.dtype``. A row with no allowed key is 0 and passes no gradient.
     """
     if backend is Backend.AUTO:
-        packed_on_cuda = layout.documents is not None and q.is_cuda
-        flex = layout.is_block_mask or (packed_on_cuda and bias is None)
+        masked_on_cuda = q.is_cuda and (layout.documents is not None or layout.shard is not None)
+        flex = layout.is_block_mask or (masked_on_cuda and bias is None)
         backend = Backend.FLEX if flex else Backend.SDPA
     out = _KERNELS[backend](q, k, v, layout, scale, bias)
     if layout.valid is not None:
@@ -97,20 +97,24 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, bias: T
         return F.scaled_dot_product_attention(q, k, v, attn_mask=layout.dense, scale=scale, enable_gqa=gqa)
     # One causal call per document: less work than a masked N x N call, and no N x N mask.
     rows = []
-    for row, spans in enumerate(layout.documents.spans()):
+    for row, spans in enumerate(layout.spans_of_rows()):
         parts = [
-            F.scaled_dot_product_attention(
-                q[row : row + 1, :, begin:end],
-                k[row : row + 1, :, begin:end],
-                v[row : row + 1, :, begin:end],
-                is_causal=True,
-                scale=scale,
-                enable_gqa=gqa,
+            _causal(
+                q[row : row + 1, :, first:last], k[row : row + 1, :, begin:end], v[row : row + 1, :, begin:end], scale
             )
-            for begin, end in spans
+            for first, last, begin, end in spans
         ]
         rows.append(torch.cat(parts, dim=2))
     return torch.cat(rows)
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Causal attention whose queries are the last ones: all of them, or with keys of earlier processes before."""
+    gqa, n, m = q.shape[1] != k.shape[1], q.shape[2], k.shape[2]
+    if n == m:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
+    mask = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=gqa)
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, bias: Tensor | None) -> Tensor:

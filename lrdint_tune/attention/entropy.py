@@ -21,7 +21,8 @@ def mean_row_entropy(q: Tensor, k: Tensor, layout: Layout, *, scale: float) -> T
         scale: multiplier of the logits.
 
     Returns:
-        float32 ``[H]``, in nats.
+        float32 ``[H]``, in nats. Of a sequence shared by several processes each returns its rows' part of that mean:
+        they add up to it.
     """
     b, h, n, hd = q.shape
     groups = k.shape[1]
@@ -35,4 +36,7 @@ def mean_row_entropy(q: Tensor, k: Tensor, layout: Layout, *, scale: float) -> T
         log_weights = logits.masked_fill(~dense[:, None, rows], float("-inf")).log_softmax(-1)
         entropy = torch.special.entr(log_weights.exp()).sum(-1)  # [B, H, rows]
         total += (entropy * counted[:, None, rows]).sum((0, 2))
-    return total / counted.sum().clamp(min=1)
+    rows_counted = counted.sum()
+    if layout.shard is not None:
+        rows_counted = layout.shard.sum(rows_counted)
+    return total / rows_counted.clamp(min=1)

@@ -69,6 +69,11 @@ class LambdaForm(nn.Module, ABC):
         return lam.to(x.dtype, copy=True)
 
     @property
+    def head_dims(self) -> dict[str, int | None]:
+        """Its parameters, with the dimension that counts heads: the first, or None for one λ of all heads."""
+        return {name: 0 if self.count > 1 else None for name, _ in self.named_parameters()}
+
+    @property
     def starts_at_zero(self) -> bool:
         """Whether λ is 0 before the first step, so that the pretrained function is unchanged."""
         return False
@@ -155,7 +160,7 @@ class Exponential(LambdaForm):
             nn.init.normal_(vector, std=0.1)
 
     def lam(self, x: Tensor) -> Tensor:
-        a1, b1, a2, b2 = (vector.view(self.count, -1) for vector in self.parameters())
+        a1, b1, a2, b2 = (vector.view(-1, self.shape.head_dim) for vector in self.parameters())
         lam = (a1 * b1).sum(-1).exp() - (a2 * b2).sum(-1).exp() + self.lam_init
         return lam.view(-1, 1, 1)
 

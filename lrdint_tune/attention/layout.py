@@ -13,8 +13,10 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.utils.rnn import pad_sequence
 
 from lrdint_tune.attention.prefix_mean import PrefixMean
+from lrdint_tune.attention.sequence_shard import SequenceShard
 
 
 class DocumentMask:
@@ -103,6 +105,8 @@ class Layout:
         batch_size: ``B``; when given, the mask must have that many rows (a dense mask may have one for all).
         offset: tokens already in the KV cache.
         device: where masks are built.
+        shard: None, or this process's part of the sequence. ``N`` is then the length of that part, and ``offset`` where
+            it begins: the keys are those of this part and of all before it. ``mask`` is that of the whole sequence.
 
     A document begins at a row that may see no key before itself (dense mask) or whose ``input_pos`` is 0
     (``BlockMask``).
@@ -125,7 +129,18 @@ class Layout:
         batch_size: int | None = None,
         offset: int = 0,
         device: torch.device | str = "cpu",
+        shard: SequenceShard | None = None,
     ) -> None:
+        whole = num_queries
+        if shard is not None:
+            offset, whole = shard.rank * num_queries, shard.size * num_queries
+            if isinstance(mask, BlockMask):
+                raise ValueError("a BlockMask cannot be split over context-parallel processes; pass a DocumentMask")
+            if isinstance(mask, Tensor) and mask.dim() == 3 and mask.shape[1] == whole:
+                mask = shard.take(mask, 1)
+            if input_pos is None and not isinstance(mask, DocumentMask):
+                input_pos = torch.arange(offset, offset + num_queries, device=device)[None]
+        self.shard = shard
         self.num_queries = num_queries
         self.offset = offset
         self.num_keys = offset + num_queries
@@ -143,13 +158,13 @@ class Layout:
         if batch_size is not None and rows is not None and rows != batch_size and not shared:
             raise ValueError(f"mask has {rows} rows but the input has {batch_size}; give one per sequence")
         if isinstance(mask, DocumentMask):
-            if mask.num_tokens != num_queries or offset:
+            if mask.num_tokens != whole or (offset and shard is None):
                 raise ValueError(
-                    f"DocumentMask covers {mask.num_tokens} tokens but the input has {num_queries} (cached: {offset}); "
+                    f"DocumentMask covers {mask.num_tokens} tokens but the input has {whole} (cached: {offset}); "
                     "pass a dense mask while decoding from a cache"
                 )
             if input_pos is None:
-                self.input_pos = mask.input_pos(device)
+                self.input_pos = self._own_rows(mask.input_pos(device))
             if not mask.is_plain_causal:
                 self.documents = mask
         elif isinstance(mask, BlockMask):
@@ -161,18 +176,27 @@ class Layout:
                     f"got {mask.dtype} {list(mask.shape)}"
                 )
             if mask.shape[2] < self.num_keys or (
-                offset == 0 and mask.shape[2] != num_queries and bool(mask[..., num_queries:].any())
+                offset == 0 and mask.shape[2] != whole and bool(mask[..., num_queries:].any())
             ):
                 raise ValueError(f"mask has {mask.shape[2]} key columns but {self.num_keys} keys exist")
-            # A cache may be longer than what it holds: columns past the held keys carry nothing.
+            # Columns past the held keys carry nothing: a cache may be longer than what it holds, and of a sequence
+            # shared by several processes these are the keys of later ones.
             self._dense = mask[:, :, : self.num_keys]
-        elif offset:
+        elif offset and shard is None:
             positions = torch.arange(num_queries, device=device)[:, None] + offset
             self._dense = (torch.arange(self.num_keys, device=device)[None, :] <= positions)[None]
+
+    def _own_rows(self, t: Tensor) -> Tensor:
+        """Of ``[B, tokens, ...]`` of the whole sequence the rows of this call."""
+        return t[:, self.offset : self.offset + self.num_queries]
 
     @property
     def is_plain_causal(self) -> bool:
         """True when a fused kernel's own causal flag says all there is to say."""
+        return self._is_one_document and not self.offset
+
+    @property
+    def _is_one_document(self) -> bool:
         return self._dense is None and self._block is None and self.documents is None
 
     @property
@@ -216,23 +240,38 @@ class Layout:
                 )
             return (self.input_pos == 0).view(-1, self.num_queries)
         if self.documents is not None:
-            return self.documents.input_pos(self.device) == 0
-        return (torch.arange(self.num_queries, device=self.device) == 0)[None]  # a cache's rows go through a dense mask
+            return self._own_rows(self.documents.input_pos(self.device)) == 0
+        return (torch.arange(self.num_queries, device=self.device) + self.offset == 0)[None]
+
+    def spans_of_rows(self) -> list[list[tuple[int, int, int, int]]]:
+        """For a :class:`DocumentMask`: of each document that has rows in this call these rows, first and after the
+        last, and the keys they may see, first of the document and after the last row's own."""
+        assert self.documents is not None
+        spans = []
+        for row in self.documents.spans():
+            own = ((begin, max(begin, self.offset), min(end, self.num_keys)) for begin, end in row)
+            spans.append([(lo - self.offset, hi - self.offset, begin, hi) for begin, lo, hi in own if lo < hi])
+        return spans
 
     @cached_property
     def documents_of_rows(self) -> Documents:
         """Where each row's document lies among the keys."""
         rows = torch.arange(self.num_queries, device=self.device)[None] + self.offset
-        if self.is_plain_causal:
+        if self._is_one_document:
             limits = torch.tensor([[0], [self.num_keys]], device=self.device)
             return Documents(torch.zeros_like(rows), limits[:1], limits[1:])
+        if self.documents is not None:
+            lengths = pad_sequence([torch.tensor(row) for row in self.documents.lengths], batch_first=True)
+            end = lengths.cumsum(1).to(self.device)
+            begin = end - lengths.to(self.device)
+            of_row = self._own_rows(self.documents.document_ids(self.device))
+            return Documents(of_row, begin.clamp(max=self.num_keys), end.clamp(max=self.num_keys))
         index = self.document_starts.cumsum(1)  # 0: a document that began before this call
         if self._dense is not None:
             first = self._dense.to(torch.uint8).argmax(-1)
         else:  # it begins in this call: the last row that begins one
             first = torch.where(self.document_starts, rows, 0).cummax(1).values
-        # Known without asking the device where it can be.
-        last = int(index.max()) if self.documents is None else max(map(len, self.documents.lengths))
+        last = int(index.max())
         shape = (index.shape[0], last + 1)
         hidden = ~self.counted
         begin = torch.zeros(shape, dtype=torch.int64, device=self.device)
@@ -244,7 +283,7 @@ class Layout:
     def prefix_mean(self, dtype: torch.dtype) -> PrefixMean:
         """The prefix mean over the rows of each document, in float32 or float64; for calls without a cache."""
         if dtype not in self._prefix_means:
-            self._prefix_means[dtype] = PrefixMean(self.document_starts, self.counted, dtype)
+            self._prefix_means[dtype] = PrefixMean(self.document_starts, self.counted, dtype, self.shard)
         return self._prefix_means[dtype]
 
     @cached_property
@@ -254,10 +293,10 @@ class Layout:
         if self._block is not None:
             raise ValueError("a BlockMask needs attention_backend flex (or auto)")
         if self.documents is not None:
-            return self.documents.to_dense(self.device)[:, None]
+            return self._own_rows(self.documents.to_dense(self.device))[:, None, :, : self.num_keys]
         if self._dense is None:
-            n = self.num_queries
-            return torch.ones(n, n, dtype=torch.bool, device=self.device).tril()[None, None]
+            square = torch.ones(self.num_queries, self.num_keys, dtype=torch.bool, device=self.device)
+            return square.tril(self.offset)[None, None]
         assert self.valid is not None
         column = torch.arange(self.num_keys, device=self._dense.device) == 0
         return (self._dense | (~self.valid[..., None] & column))[:, None]
@@ -268,10 +307,10 @@ class Layout:
         if self._block is not None:
             return self._block
         if self.documents is not None:
-            ids = self.documents.document_ids(self.device)
+            ids, offset = self.documents.document_ids(self.device), self.offset
 
             def same_document(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-                return (ids[b, i] == ids[b, j]) & (j <= i)
+                return (ids[b, i + offset] == ids[b, j]) & (j <= i + offset)
 
             return create_block_mask(
                 same_document, ids.shape[0], None, self.num_queries, self.num_keys, device=str(self.device)
@@ -286,7 +325,9 @@ class Layout:
             batch = None if shared else dense.shape[0]
             return create_block_mask(allowed, batch, None, self.num_queries, self.num_keys, device=str(self.device))
 
+        offset = self.offset
+
         def causal(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            return j <= i
+            return j <= i + offset
 
         return create_block_mask(causal, None, None, self.num_queries, self.num_keys, device=str(self.device))

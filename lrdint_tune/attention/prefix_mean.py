@@ -8,12 +8,14 @@ faster, and documents and padding are entries that are 0.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from lrdint_tune.attention.sequence_shard import SequenceShard
 
 BLOCK = 64
 
@@ -30,16 +32,25 @@ class PrefixMean:
         starts: bool ``[B or 1, N]``, True where a document begins.
         counted: bool ``[B or 1, N]``, False for rows that no mean counts (padding); their own is 0.
         dtype: float32 or float64, of the matrices and of the sums.
+        shard: None, or whose rows these are: a document that began on an earlier process brings its sum and its count
+            along.
     """
 
-    def __init__(self, starts: Tensor, counted: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, starts: Tensor, counted: Tensor, dtype: torch.dtype, shard: SequenceShard | None = None) -> None:
         starts, counted = torch.broadcast_tensors(starts, counted)
         block = min(BLOCK, starts.shape[1])
         total = counted.cumsum(1)
         before = torch.where(starts, total - counted.long(), 0).cummax(1).values  # counted rows of earlier documents
+        count = total - before
+        self.carry = None
+        if shard is not None:
+            self.carry, carried = _carry(starts, counted, dtype, shard)
+            count = count + carried
         document = _blocks(starts.cumsum(1), block)  # [B, N/C, C]
         weight = _blocks(counted.to(dtype), block)
-        share = weight / _blocks(total - before, block).clamp(min=1).to(dtype)
+        share = weight / _blocks(count, block).clamp(min=1).to(dtype)
+        if self.carry is not None:
+            self.carry.opening.mul_(share.flatten(1, 2)[:, : starts.shape[1], None])
         first, last = document[..., :1], document[..., -1:]
 
         def entries(allowed: Tensor) -> Tensor:
@@ -55,7 +66,42 @@ class PrefixMean:
 
     def __call__(self, x: Tensor) -> Tensor:
         """``[B, H, N, hd]`` of ``dtype`` -> the same."""
-        return _product(x, self.within, self.closing, self.opening, self.earlier)
+        return _product(x, self.carry, self.within, self.closing, self.opening, self.earlier)
+
+
+class Carry(NamedTuple):
+    """How the sums of documents that lie on several processes add up.
+
+    closing: ``[B, 1, N]``, the counted rows of this process's last document. opening: ``[B, N, 1]``, the share of a
+    carried sum in the mean of each row. earlier: ``[B, P, P]``, whether process ``q``'s last document goes on in
+    process ``p``. shard: which of them this is.
+    """
+
+    closing: Tensor
+    opening: Tensor
+    earlier: Tensor
+    shard: SequenceShard
+
+    @property
+    def transposed(self) -> Carry:
+        return Carry(self.opening.mT, self.closing.mT, self.earlier.mT, self.shard)
+
+
+def _carry(starts: Tensor, counted: Tensor, dtype: torch.dtype, shard: SequenceShard) -> tuple[Carry, Tensor]:
+    """The carry, its ``opening`` still without the share, and int64 ``[B, N]``: how many rows each row's count must be
+    raised by."""
+    index = starts.cumsum(1)
+    closing = counted & (index == index[:, -1:])
+    facts = torch.stack([closing.sum(1), index[:, -1]], dim=1)[:, None]  # [B, 1, 2]
+    counts, begun = shard.gather(facts, 1).unbind(-1)  # [B, P]
+    # Process q's last document reaches p > q if none begins in between: as many had begun when p came as when q ended.
+    ended = begun.cumsum(1)
+    came = ended - begun
+    earlier = (came[:, :, None] == ended[:, None, :]).tril(-1)
+    opening = index == 0
+    carried = (earlier[:, shard.rank] * counts).sum(1, keepdim=True)
+    carry = Carry(closing.to(dtype)[:, None], opening.to(dtype)[..., None], earlier.to(dtype), shard)
+    return carry, opening * carried
 
 
 def integral(o1: Tensor, o2: Tensor, lam: Tensor, mean: PrefixMean) -> Tensor:
@@ -72,13 +118,14 @@ def integral(o1: Tensor, o2: Tensor, lam: Tensor, mean: PrefixMean) -> Tensor:
     Returns:
         ``[B, H, N, hd]`` in ``o1.dtype``.
     """
-    return _Integral.apply(o1, o2, lam, mean.within, mean.closing, mean.opening, mean.earlier)
+    return _Integral.apply(o1, o2, lam, mean.carry, mean.within, mean.closing, mean.opening, mean.earlier)
 
 
 class _Integral(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, o1: Tensor, o2: Tensor, lam: Tensor, *matrices: Tensor) -> Tensor:
-        restored = _product(o1.to(matrices[0].dtype), *matrices).to(o1.dtype).sub_(o2)
+    def forward(ctx: Any, o1: Tensor, o2: Tensor, lam: Tensor, carry: Carry | None, *matrices: Tensor) -> Tensor:
+        restored = _product(o1.to(matrices[0].dtype), carry, *matrices).to(o1.dtype).sub_(o2)
+        ctx.carry = carry
         ctx.save_for_backward(restored, lam, *matrices)
         return torch.addcmul(o1, lam, restored)
 
@@ -90,22 +137,31 @@ class _Integral(torch.autograd.Function):
         grad_lam = buffer.sum_to_size(lam.shape)
         torch.mul(grad, lam, out=buffer)
         transposed = within.mT, opening.mT, closing.mT, earlier.mT
-        grad_o1 = _product(buffer.to(within.dtype), *transposed).to(grad.dtype).add_(grad)
-        return grad_o1, buffer.neg_(), grad_lam, None, None, None, None
+        carry = None if ctx.carry is None else ctx.carry.transposed
+        grad_o1 = _product(buffer.to(within.dtype), carry, *transposed).to(grad.dtype).add_(grad)
+        return grad_o1, buffer.neg_(), grad_lam, None, None, None, None, None
 
 
-def _product(x: Tensor, within: Tensor, closing: Tensor, opening: Tensor, earlier: Tensor) -> Tensor:
-    """``within x + opening (earlier (closing x))`` on blocks of rows, ``[B, H, N, hd]`` -> the same.
+def _product(
+    x: Tensor, carry: Carry | None, within: Tensor, closing: Tensor, opening: Tensor, earlier: Tensor
+) -> Tensor:
+    """``within x + opening (earlier (closing x))`` on blocks of rows, ``[B, H, N, hd]`` -> the same; and once more with
+    processes in the place of blocks, if there is a ``carry``.
 
     The transpose has the same form: ``within^T``, and ``opening^T``, ``closing^T``, ``earlier^T`` in these places.
     """
     _, heads, n, _ = x.shape
-    rows = _blocks(x.transpose(1, 2).flatten(2), within.shape[-1])  # [B, N/C, C, H hd]
+    flat = x.transpose(1, 2).flatten(2)  # [B, N, H hd]
+    rows = _blocks(flat, within.shape[-1])  # [B, N/C, C, H hd]
     with _full_precision(x.device.type):
         accumulated = earlier @ (closing @ rows).squeeze(2)  # [B, N/C, H hd]
         # Not in place: selective activation checkpointing keeps the outputs of matrix products and reuses them.
         out = torch.addcmul(within @ rows, opening, accumulated[:, :, None])
-    return out.flatten(1, 2)[:, :n].unflatten(-1, (heads, -1)).transpose(1, 2)
+        out = out.flatten(1, 2)[:, :n]
+        if carry is not None:
+            sums = carry.shard.gather(carry.closing @ flat, 1)  # [B, P, H hd]
+            out = torch.addcmul(out, carry.opening, carry.earlier[:, carry.shard.rank, None] @ sums)
+    return out.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def _blocks(t: Tensor, block: int) -> Tensor:

@@ -77,6 +77,9 @@ def attend_static(
         out = out.index_put(
             (batch[:, None].expand_as(rows), rows), products.masked_fill(~held[..., None, None], 0.0), accumulate=True
         )
+    if layout.shard is not None:
+        # Where no row of this process has a position the maps still take part: every process must have a gradient.
+        out = out + 0.0 * maps[0, 0, 0].to(v.dtype)
     return out.masked_fill(~layout.counted[..., None, None], 0.0).transpose(1, 2)
 
 
@@ -103,6 +106,9 @@ def _groups(layout: Layout, batch_size: int, n: int, alignment: str) -> Iterator
     groups: dict[int, list[tuple[int, int, int]]] = {}
     for row, spans in enumerate(layout.documents.spans()):
         for first, last in spans:
+            # Of a sequence shared by several processes this one may have no row at the map's positions.
+            if last <= layout.offset or first + n <= layout.offset or first >= layout.num_keys:
+                continue
             positions = min(n, 1 << (last - first - 1).bit_length())
             groups.setdefault(positions, []).append((row, first, last))
     for positions, found in groups.items():

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchtune.modules import TransformerDecoder
 
@@ -14,9 +15,11 @@ from lrdint_tune.adapters import attach_adapters, check_adapters, is_merged
 from lrdint_tune.attention import AttentionMethod, DifferentialSelfAttention, Layout
 from lrdint_tune.attention.calibration import calibrate
 from lrdint_tune.attention.layout import MaskType
+from lrdint_tune.attention.sequence_shard import SequenceShard
 from lrdint_tune.errors import ConfigError
 from lrdint_tune.models.loss import summed_cross_entropy
 from lrdint_tune.models.spec import ModelSpec
+from lrdint_tune.models.tensor_shard import TensorShard, whole
 
 
 class LlamaDecoder(TransformerDecoder):
@@ -25,11 +28,17 @@ class LlamaDecoder(TransformerDecoder):
     Args:
         spec: what was built, for weight mapping, export and checks.
         kwargs: those of ``TransformerDecoder``.
+
+    Attributes:
+        sequence_shard: None, or which part of every sequence this process computes (context parallelism).
+        tensor_shard: None, or this process among those that share the heads and the MLP (tensor parallelism).
     """
 
     def __init__(self, spec: ModelSpec, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._spec = spec
+        self.sequence_shard: SequenceShard | None = None
+        self.tensor_shard: TensorShard | None = None
 
     @property
     def spec(self) -> ModelSpec:
@@ -67,14 +76,23 @@ class LlamaDecoder(TransformerDecoder):
             were asked for). With labels the SUM of the token losses in nats, a float32 scalar, computed chunk by chunk
             so that ``[tokens, vocab]`` never exists whole.
 
+        With a ``sequence_shard`` all arguments and the logits are still those of the whole sequence, but the loss is
+        that of this process's rows.
+
         Raises:
-            ValueError: too long an input, or a mask or positions that do not fit.
+            ValueError: too long an input, one that ``sequence_shard`` does not divide, or a mask or positions that do
+                not fit.
         """
         self._validate_inputs(tokens.shape[1], mask=cast(Any, mask), input_pos=input_pos)
         offset = self.attention(0).kv_cache.size if self.caches_are_enabled() else 0  # type: ignore[union-attr]
         # Built once: the layers share what is derived from it.
+        shard = self.sequence_shard
+        if shard is not None:
+            tokens = shard.take(tokens)
+            labels = None if labels is None else shard.take(labels)
+            input_pos = None if input_pos is None else shard.take(input_pos)
         b, n = tokens.shape
-        layout = Layout(mask, input_pos, num_queries=n, batch_size=b, offset=offset, device=tokens.device)
+        layout = Layout(mask, input_pos, num_queries=n, batch_size=b, offset=offset, device=tokens.device, shard=shard)
         h = self.tok_embeddings(tokens)
         hidden = []
         for i, layer in enumerate(self.layers):
@@ -83,19 +101,26 @@ class LlamaDecoder(TransformerDecoder):
             h = layer(h, mask=layout, input_pos=layout.input_pos)
         h = self.norm(h)
         if labels is None:
+            if shard is not None:
+                h, hidden = shard.gather(h, 1), [shard.gather(t, 1) for t in hidden]
             if self.num_output_chunks > 0:
                 logits = self.chunked_output(h)
             else:
-                logits = self.output(h)
+                logits = F.linear(h, self.output_weight)
                 logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             return [*hidden, logits] if hidden else logits
-        return summed_cross_entropy(h, self.output_weight, labels)
+        if self.tensor_shard is None:
+            return summed_cross_entropy(h, self.output_weight, labels)
+        # Each process has all hidden states and the whole head: it takes some of the tokens.
+        part = self.tensor_shard
+        h, weight = part.rows(part.enter(h).flatten(0, 1)), part.enter(self.output_weight)
+        return part.leave(summed_cross_entropy(h[None], weight, part.rows(labels.flatten())[None]))
 
     @property
     def output_weight(self) -> Tensor:
         """The output head's weight ``[vocab, D]``, the embeddings' own when they are tied."""
         head = self.output if isinstance(self.output, nn.Linear) else self.tok_embeddings
-        return head.weight
+        return whole(head.weight)
 
     def attention(self, layer: int) -> DifferentialSelfAttention:
         return cast(DifferentialSelfAttention, cast(Any, self.layers[layer]).attn)

@@ -100,7 +100,7 @@ def build_recorder(cfg: RunConfig) -> TensorBoardLogger:
     return recorder
 
 
-def accumulation_steps(cfg: TrainConfig, world_size: int) -> int:
+def accumulation_steps(cfg: TrainConfig, data_size: int) -> int:
     """Micro-batches per optimizer step and rank.
 
     Raises:
@@ -108,11 +108,11 @@ def accumulation_steps(cfg: TrainConfig, world_size: int) -> int:
     """
     if cfg.global_batch_size is None:
         return cfg.gradient_accumulation_steps or 1
-    per_pass = cfg.batch_size * world_size
+    per_pass = cfg.batch_size * data_size
     if cfg.global_batch_size % per_pass:
         raise ConfigError(
             f"global_batch_size={cfg.global_batch_size}: not a multiple of batch_size {cfg.batch_size} x "
-            f"{world_size} processes = {per_pass}; change one of them"
+            f"{data_size} data-parallel ranks = {per_pass}; change one of them"
         )
     return cfg.global_batch_size // per_pass
 
@@ -142,8 +142,9 @@ def build_loader(key: str, section: Section, cfg: TrainConfig, world: World, tok
     return BatchLoader(
         dataset,
         batch_size=cfg.batch_size if training else cfg.batch_size_val or cfg.batch_size,
-        dp_rank=world.rank,
-        dp_size=world.size,
+        dp_rank=world.data_rank,
+        dp_size=world.data_size,
+        shared_by=world.context_size,
         max_seq_len=cfg.max_seq_len,
         packed=packed,
         shuffle=training and cfg.shuffle,

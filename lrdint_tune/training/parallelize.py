@@ -3,18 +3,35 @@ is right."""
 
 from __future__ import annotations
 
-from torch.distributed.device_mesh import DeviceMesh
-
+from lrdint_tune.errors import ConfigError
 from lrdint_tune.models.decoder import LlamaDecoder
 from lrdint_tune.training.activations import checkpoint_activations
 from lrdint_tune.training.config import TrainConfig
 from lrdint_tune.training.precision import set_precision
 from lrdint_tune.training.sharding import shard_model
+from lrdint_tune.training.tensor_parallel import apply_tensor_parallel, check_tensor_parallel
+from lrdint_tune.training.world import World
 
 
-def parallelize(model: LlamaDecoder, cfg: TrainConfig, mesh: DeviceMesh) -> None:
-    """Make ``model`` (meta device, ``requires_grad`` set) the model that ``cfg`` trains on ``mesh``, without memory."""
+def check_parallel(model: LlamaDecoder, cfg: TrainConfig) -> None:
+    """That the model can be spread as the config says.
+
+    Raises:
+        ConfigError: it cannot; the message names what stands in the way.
+    """
+    check_tensor_parallel(model, cfg.tensor_parallel_dim)
+    if cfg.context_parallel_dim > 1:
+        for method in model.methods():
+            if method.context_parallel_refusal is not None:
+                raise ConfigError(f"context_parallel_dim={cfg.context_parallel_dim}: {method.context_parallel_refusal}")
+
+
+def parallelize(model: LlamaDecoder, cfg: TrainConfig, world: World) -> None:
+    """Make ``model`` (meta device, ``requires_grad`` set) the part of it that this rank trains, without memory."""
     set_precision(model, cfg.dtype)
+    model.sequence_shard = world.context
+    if world.tensor_size > 1:
+        apply_tensor_parallel(model, world.mesh["tensor"])
     if cfg.enable_activation_checkpointing:
         checkpoint_activations(model, cfg.ac_mode)
-    shard_model(model, mesh, cfg.dtype)
+    shard_model(model, world.mesh, cfg.dtype)

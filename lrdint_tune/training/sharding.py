@@ -10,15 +10,15 @@ from lrdint_tune.models.decoder import LlamaDecoder
 
 
 def shard_model(model: LlamaDecoder, mesh: DeviceMesh, dtype: str) -> None:
-    """FSDP2 on every block, then on the root; with ``dtype: bf16`` compute is bf16 and gradients are reduced in
-    float32."""
+    """FSDP2 over ``(replicate, shard)`` of ``mesh`` on every block, then on the root; with ``dtype: bf16`` compute is
+    bf16 and gradients are reduced in float32."""
     policy = (
         MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         if dtype == "bf16"
         else MixedPrecisionPolicy()
     )
     # A replicate dimension of 1 would only add an all-reduce with nobody.
-    mesh = mesh if mesh.size(0) > 1 else mesh["shard"]
+    mesh = mesh["replicate", "shard"] if mesh.size(0) > 1 else mesh["shard"]
     # With one shard there is nothing to free between forward and backward.
     reshard = mesh.size(-1) > 1
     for layer in model.layers:

@@ -35,9 +35,9 @@ from lrdint_tune.training.components import (
 from lrdint_tune.training.config import TrainConfig
 from lrdint_tune.training.data import Batch, BatchLoader
 from lrdint_tune.training.flops import training_flops_per_token
-from lrdint_tune.training.gradients import adapter_norms, total_norm
+from lrdint_tune.training.gradients import adapter_norms, diagnostics, total_norm
 from lrdint_tune.training.metrics import Progress, TensorBoardLogger, Throughput, memory_values
-from lrdint_tune.training.parallelize import parallelize
+from lrdint_tune.training.parallelize import check_parallel, parallelize
 from lrdint_tune.training.results import write_results
 from lrdint_tune.training.trainable import LAMBDA_GROUP, optimizer_groups, parameter_table, set_trainable
 from lrdint_tune.training.weights import initial_method_state, load_weights, materialise
@@ -73,8 +73,9 @@ class Trainer:
         model = build_model(cfg)
         check_hf_config(self.checkpoint_dir, self.file_spec(model.spec))
         tokenizer = build_tokenizer(cfg.tokenizer)
-        self.accumulation = accumulation_steps(cfg, world.size)
-        self.global_batch = cfg.batch_size * world.size * self.accumulation
+        check_parallel(model, cfg)
+        self.accumulation = accumulation_steps(cfg, world.data_size)
+        self.global_batch = cfg.batch_size * world.data_size * self.accumulation
         self.loader = build_loader("dataset", cfg.dataset, cfg, world, tokenizer)
         self.loader.check_vocabulary(model.spec.vocab_size)
         self.loader_val = None
@@ -134,7 +135,7 @@ class Trainer:
 
     def _load_model(self, model: LlamaDecoder) -> LlamaDecoder:
         new_tensors = initial_method_state(model, self.cfg.seed)
-        parallelize(model, self.cfg, self.world.mesh)
+        parallelize(model, self.cfg, self.world)
         materialise(model, self.world.device)
         load_weights(model, self._weights(new_tensors))
         return model
@@ -281,7 +282,8 @@ class Trainer:
             [[b.num_label_tokens, b.num_input_tokens] for b in batches], dtype=torch.float64, device=self.world.device
         ).sum(0)
         dist.all_reduce(counts)
-        label_tokens, input_tokens = counts.tolist()
+        # Ranks that share a sequence or a layer count the same batch.
+        label_tokens, input_tokens = (counts / (self.world.size // self.world.data_size)).tolist()
         if not label_tokens:
             raise ConfigError(
                 f"dataset: no trained token in the batch of step {self.step + 1} (rows {_rows(batches)}); check the "
@@ -293,12 +295,12 @@ class Trainer:
             # Between the passes of a step each rank adds up its own gradients; they travel once.
             cast(FSDPModule, self.model).set_requires_gradient_sync(i == len(batches) - 1)
             loss = self._loss(self.loader, batch)
-            # FSDP2 averages gradients over the ranks; the loss is per token over all of them.
-            (loss * (self.world.size / label_tokens)).backward()
+            # FSDP2 averages gradients over the ranks that hold parts of the loss; it is per token over all of them.
+            (loss * (self.world.size // self.world.tensor_size / label_tokens)).backward()
             losses.append(loss.detach())
         loss = torch.stack(losses).sum().double()
         dist.all_reduce(loss)
-        average = loss.item() / label_tokens
+        average = loss.item() / self.world.tensor_size / label_tokens
         norm = total_norm(self.trained)
         if not math.isfinite(average) or not math.isfinite(norm):
             self._stop_for_nonfinite(average, norm, batches, losses)
@@ -309,8 +311,7 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 if group.get("name") == LAMBDA_GROUP:
                     values["lr_lambda"] = group["lr"]
-            if self.world.is_main:
-                values |= {tag: value.item() for tag, value in self.model.diagnostics().items()}
+            values |= diagnostics(self.model, self.world)
             if not self.spec.is_stock:
                 values |= adapter_norms(self.model, self.world)
         if self.cfg.clip_grad_norm is not None:
@@ -348,7 +349,7 @@ class Trainer:
         self.model.eval()  # the adapters' dropout
         for batch in self.loader_val.epoch_batches():
             total[0] += self._loss(self.loader_val, batch).double()
-            total[1] += batch.num_label_tokens
+            total[1] += batch.num_label_tokens / self.world.context_size
         self.model.train()
         dist.all_reduce(total)
         return float(total[0] / total[1])

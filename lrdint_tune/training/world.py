@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import time
@@ -9,12 +10,13 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from lrdint_tune.attention.sequence_shard import SequenceShard
 from lrdint_tune.errors import ConfigError
 
 _T = TypeVar("_T")
@@ -25,14 +27,29 @@ class World:
     """This process among the others.
 
     Attributes:
-        mesh: ``(replicate, shard)`` over all ranks; FSDP2 shards over the second and replicates over the first
-            dimension.
+        mesh: ``(replicate, shard, tensor)`` over all ranks. FSDP2 shards over the second dimension, which counts the
+            context-parallel ranks too, and replicates over the first; tensor parallelism is over the third.
+        context: None, or which part of every sequence this rank computes.
+        data_rank, data_size: which rows of a batch it reads; ranks that share a sequence or a layer read the same.
     """
 
     rank: int
     size: int
     device: torch.device
     mesh: DeviceMesh
+    context: SequenceShard | None = None
+    data_rank: int = 0
+    data_size: int = 1
+
+    @property
+    def tensor_size(self) -> int:
+        """How many ranks share each layer, and so compute the same losses."""
+        return self.size // (self.data_size * self.context_size)
+
+    @property
+    def context_size(self) -> int:
+        """How many ranks share each sequence."""
+        return 1 if self.context is None else self.context.size
 
     @property
     def is_main(self) -> bool:
@@ -55,25 +72,45 @@ class World:
         return outcome[0]
 
 
-def mesh_shape(world_size: int, replicate: int, shard: int) -> tuple[int, int]:
-    """Resolve ``data_parallel_replicate_dim x data_parallel_shard_dim`` against the number of processes.
+class MeshShape(NamedTuple):
+    """How many processes each kind of parallelism takes; their product is the number of processes."""
+
+    replicate: int
+    shard: int
+    context: int = 1
+    tensor: int = 1
+
+
+def mesh_shape(world_size: int, replicate: int, shard: int, context: int = 1, tensor: int = 1) -> MeshShape:
+    """Resolve ``data_parallel_replicate_dim x data_parallel_shard_dim x context_parallel_dim x tensor_parallel_dim``
+    against the number of processes; a shard dimension of -1 is the rest.
 
     Raises:
         ConfigError: if the product is not the world size; the message shows the arithmetic.
     """
+    others = {
+        "data_parallel_replicate_dim": replicate,
+        "context_parallel_dim": context,
+        "tensor_parallel_dim": tensor,
+    }
+    taken = math.prod(others.values())
     if shard == -1:
-        if world_size % replicate:
+        if world_size % taken:
+            keys = [key for key, value in others.items() if value > 1]
+            product = " x ".join(str(others[key]) for key in keys)
             raise ConfigError(
-                f"data_parallel_replicate_dim={replicate}: does not divide the {world_size} processes "
-                f"({world_size} / {replicate} = {world_size / replicate:.2f}); start a multiple of {replicate}"
+                f"{' x '.join(keys)}={product}: does not divide the {world_size} processes "
+                f"({world_size} / {taken} = {world_size / taken:.2f}); start a multiple of {taken}"
             )
-        shard = world_size // replicate
-    if replicate * shard != world_size:
+        shard = world_size // taken
+    if taken * shard != world_size:
+        names = (f"{replicate} (replicate)", f"{shard} (shard)", f"{context} (context)", f"{tensor} (tensor)")
+        shown = names if context * tensor > 1 else names[:2]
         raise ConfigError(
-            f"data_parallel_shard_dim={shard}: {replicate} (replicate) x {shard} (shard) = {replicate * shard}, but "
-            f"{world_size} processes were started; set it to -1 or start {replicate * shard} processes"
+            f"data_parallel_shard_dim={shard}: {' x '.join(shown)} = {taken * shard}, but "
+            f"{world_size} processes were started; set it to -1 or start {taken * shard} processes"
         )
-    return replicate, shard
+    return MeshShape(replicate, shard, context, tensor)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -89,7 +126,9 @@ def resolve_device(name: str) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def start_world(device_name: str, *, replicate: int, shard: int, timeout_minutes: float = 30.0) -> World:
+def start_world(
+    device_name: str, *, replicate: int, shard: int, context: int = 1, tensor: int = 1, timeout_minutes: float = 30.0
+) -> World:
     """Join the process group, or found one of a single process when no launcher set one up.
 
     CPU tensors always travel over gloo (checkpoints need it beside NCCL).
@@ -103,7 +142,7 @@ def start_world(device_name: str, *, replicate: int, shard: int, timeout_minutes
             RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
         )
     world_size = int(os.environ["WORLD_SIZE"])
-    shape = mesh_shape(world_size, replicate, shard)
+    shape = mesh_shape(world_size, replicate, shard, context, tensor)
     device = resolve_device(device_name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -114,8 +153,31 @@ def start_world(device_name: str, *, replicate: int, shard: int, timeout_minutes
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             store = fresh_store(store, rank, world_size, timeout)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
-    return World(rank=dist.get_rank(), size=world_size, device=device, mesh=mesh)
+    return make_world(device, shape)
+
+
+def make_world(device: torch.device, shape: MeshShape) -> World:
+    """The meshes over the processes of the group. Ranks that share a layer are neighbours, then those that share a
+    sequence: they talk most."""
+    replicate, shard, context, tensor = shape
+    mesh = init_device_mesh(
+        device.type, (replicate, shard * context, tensor), mesh_dim_names=("replicate", "shard", "tensor")
+    )
+    part = None
+    if context > 1:
+        names = ("data", "context", "tensor")
+        sequence = init_device_mesh(device.type, (replicate * shard, context, tensor), mesh_dim_names=names)["context"]
+        part = SequenceShard(sequence.get_local_rank(), context, sequence.get_group().group_name)
+    rank = dist.get_rank()
+    return World(
+        rank=rank,
+        size=dist.get_world_size(),
+        device=device,
+        mesh=mesh,
+        context=part,
+        data_rank=rank // (context * tensor),
+        data_size=replicate * shard,
+    )
 
 
 def fresh_store(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.Store:

@@ -50,7 +50,13 @@ def read_config(file: Path, changes: dict[str, Any]) -> TrainConfig:
 
 def start_trainer(file: Path, changes: dict[str, Any]) -> Trainer:
     cfg = read_config(file, changes)
-    world = start_world(cfg.device, replicate=cfg.data_parallel_replicate_dim, shard=cfg.data_parallel_shard_dim)
+    world = start_world(
+        cfg.device,
+        replicate=cfg.data_parallel_replicate_dim,
+        shard=cfg.data_parallel_shard_dim,
+        context=cfg.context_parallel_dim,
+        tensor=cfg.tensor_parallel_dim,
+    )
     return Trainer(cfg, world)
 
 
@@ -90,24 +96,40 @@ def trainer_step(file: Path, changes: dict[str, Any], at: int = 0) -> Step:
     return Step(values["loss_metrics/global_avg_loss"], gradients, list(trainer.model.state_dict()))
 
 
-def reduced_elements(file: Path, changes: dict[str, Any]) -> tuple[list[int], int]:
-    """The elements that each reduce-scatter of one step takes from this rank, and how many parameters are trained.
+def traffic(file: Path, changes: dict[str, Any]) -> tuple[dict[str, list[int]], int]:
+    """For each kind of collective the elements that each of one step takes from this rank, and how many parameters are
+    trained.
 
     (torch's own communication debug mode trips over the RoPE module that all layers share.)
     """
     trainer = start_trainer(file, changes)
-    elements = []
+    elements: dict[str, list[int]] = {"reduce_scatter": [], "all_reduce": [], "all_gather": []}
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if "reduce_scatter" in func.__name__:
-                _, sent, *_ = args
-                elements.append(sum(t.numel() for t in tree_leaves(sent) if isinstance(t, Tensor)))
+            name = func.__name__.replace("allreduce", "all_reduce").replace("allgather", "all_gather")
+            for kind, found in elements.items():
+                if kind in name:
+                    # The functional ones have the tensor first, those of c10d the output before the input.
+                    sent = args[0] if "c10d_functional" in str(func) or kind == "all_reduce" else args[1]
+                    found.append(sum(t.numel() for t in tree_leaves(sent) if isinstance(t, Tensor)))
             return func(*args, **(kwargs or {}))
 
     with Watch():
         trainer._train_step(logging_step=False)
     return elements, sum(p.numel() for p in trainer.trained)
+
+
+def reduced_elements(file: Path, changes: dict[str, Any]) -> tuple[list[int], int]:
+    """The elements that each reduce-scatter of one step takes from this rank, and how many parameters are trained."""
+    elements, trained = traffic(file, changes)
+    return elements["reduce_scatter"], trained
+
+
+def losses(file: Path, changes: dict[str, Any], steps: int = 10) -> list[float]:
+    """The training losses of the first steps."""
+    trainer = start_trainer(file, changes)
+    return [trainer._train_step(logging_step=False)[0]["loss_metrics/global_avg_loss"] for _ in range(steps)]
 
 
 def plain_step(file: Path, changes: dict[str, Any], at: int = 0) -> Step:

@@ -28,21 +28,26 @@ class AttentionMethod(nn.Module, ABC):
     Attributes:
         name: the registry's and the config's name.
         cached_streams: names of tensors that cached decoding must keep beside ``k`` and ``v``.
+        head_dims: every parameter of the method's own (of a child that has no ``head_dims`` too) with its dimension
+            that counts heads, or None for one that all heads share: how tensor parallelism splits it.
         num_maps: how many softmax maps one forward computes, a map of fewer query heads as that fraction.
         rotary_dims: the dimensions of the method's tensors, by their names in it, that are in RoPE order: whoever
             converts weights between Meta and Hugging Face order must reorder them.
         needs_document_ends: True for a variant that must know where the padding behind a sequence begins.
         cache_refusal: None, or why there can be no KV cache.
+        context_parallel_refusal: None, or why no process can compute its part of a sequence.
         caution: None, or what whoever reads the losses of this variant must know; logged at the start of a run.
         diagnostics: None, or, when enabled, scalars of the last forward.
     """
 
     name: ClassVar[str]
     cached_streams: tuple[str, ...] = ()
+    head_dims: Mapping[str, int | None] = {}
     num_maps: float = 1
     rotary_dims: ClassVar[Mapping[str, tuple[int, ...]]] = {}
     needs_document_ends: bool = False
     cache_refusal: str | None = None
+    context_parallel_refusal: str | None = None
     caution: str | None = None
 
     def __init__(self) -> None:
@@ -84,6 +89,10 @@ class AttentionMethod(nn.Module, ABC):
         """Multiplications per token of a forward pass of ``seq_len`` tokens, beyond the pretrained projections and the
         softmax maps: by default one for each element of the new matrices."""
         return sum(p.numel() for p in self.parameters() if p.dim() >= 2)
+
+    def tensor_parallel_refusal(self, size: int) -> str | None:
+        """Why ``size`` processes cannot share the heads, or None. Only asked where ``size`` divides ``H`` and ``K``."""
+        return None
 
     # A method whose start depends on the data (which heads to act on) looks at some batches first.
 

@@ -30,6 +30,7 @@ class Daa(DifferentialMethod):
 
     name = "daa"
     num_maps = 2
+    head_dims = {"w_daa": 0}
     rotary_dims = {"w_daa": (1, 2)}
 
     def __init__(

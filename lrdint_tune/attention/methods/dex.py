@@ -59,6 +59,7 @@ class Dex(DifferentialMethod):
             if top_k > shape.num_heads:
                 raise ConfigError(f"top_k={top_k}: there are {shape.num_heads} heads; lower it")
         self.top_k = top_k or default_top_k(shape)
+        self.head_dims = {"w_dex": 0 if sharing == "head" else None}
         self.w_dex = nn.Parameter(torch.empty(matrices, shape.head_dim, shape.head_dim))
         if self.by_entropy:
             self.register_buffer("selected", torch.empty(shape.num_heads, dtype=torch.float32))
@@ -79,6 +80,11 @@ class Dex(DifferentialMethod):
         if self.by_entropy:
             lam = lam * self.selected.view(-1, 1, 1).to(lam.dtype)
         return self.difference(o1, o1 @ self.w_dex, lam)
+
+    def tensor_parallel_refusal(self, size: int) -> str | None:
+        if self.by_entropy:
+            return "heads='top_entropy': chooses among all heads, which tensor parallelism splits; use heads=all"
+        return None
 
     def products_per_token(self, seq_len: int) -> float:
         matrices, hd, _ = self.w_dex.shape

@@ -56,6 +56,9 @@ class Dint(Diff):
                 "integral=sequence: future tokens reach the past. Training loss and ordinary validation loss are NOT "
                 "language-model losses, and nothing will be exported; this run measures the leak."
             )
+            self.context_parallel_refusal = (
+                "integral='sequence': is not there for context_parallel_dim > 1; measure the leak on whole sequences"
+            )
             self.cache_refusal = (
                 "integral='sequence': generation is refused, the model reads future tokens; train with integral=causal"
             )

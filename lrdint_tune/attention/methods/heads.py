@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -35,9 +37,9 @@ class LowRankHeads(nn.Module):
         super().__init__()
         positive_int("rank", rank, ", or null for full rank")
         choice("factors", factors, FACTORS)
-        self.num_heads = num_heads
         self.rank = rank
         self.per_head = factors == "per_head"
+        self.head_dims = {"up": 0, "down.weight": 0 if self.per_head else None}
         self.down = nn.Linear(embed_dim, num_heads * rank if self.per_head else rank, bias=False)
         self.up = nn.Parameter(torch.empty(num_heads, rank, head_dim))
         self.reset_parameters()
@@ -51,7 +53,7 @@ class LowRankHeads(nn.Module):
         """``[B, N, D]`` -> ``[B, N, heads, hd]``."""
         h = self.down(x)
         if self.per_head:
-            return torch.einsum("bnhr,hrd->bnhd", h.unflatten(-1, (self.num_heads, self.rank)), self.up)
+            return torch.einsum("bnhr,hrd->bnhd", h.unflatten(-1, (-1, self.rank)), self.up)
         return torch.einsum("bnr,hrd->bnhd", h, self.up)
 
 
@@ -59,13 +61,15 @@ class FullRankHeads(nn.Linear):
     """``x W`` for every head: the full-rank form of DIFF and DINT, ``W [D, heads * hd]``, initialised as
     ``nn.Linear``."""
 
+    head_dims: ClassVar[Mapping[str, int | None]] = {"weight": 0}
+
     def __init__(self, embed_dim: int, num_heads: int, head_dim: int) -> None:
-        self.num_heads = num_heads
+        self.head_dim = head_dim
         super().__init__(embed_dim, num_heads * head_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, N, D]`` -> ``[B, N, heads, hd]``."""
-        return super().forward(x).unflatten(-1, (self.num_heads, -1))
+        return super().forward(x).unflatten(-1, (-1, self.head_dim))
 
 
 def build_heads(

@@ -22,6 +22,8 @@ class InputMatrix(DifferentialMethod):
         options: those of :class:`~lrdint_tune.attention.methods.base.DifferentialMethod`.
     """
 
+    head_dims = {"w_d": None}
+
     def __init__(
         self,
         shape: AttentionShape,

@@ -87,6 +87,10 @@ class Lmam(AttentionMethod):
                 "alignment=end: a row's output depends on how many tokens follow it. Training loss and ordinary "
                 "validation loss see the length of what is to be predicted; generation does not"
             )
+            self.context_parallel_refusal = (
+                "alignment='end': with context_parallel_dim > 1 a process does not know the rows that follow its own; "
+                "use alignment=start"
+            )
             self.cache_refusal = (
                 "alignment='end': generation with a cache is refused, the map's place depends on the final length; "
                 "use alignment=start"
@@ -100,6 +104,9 @@ class Lmam(AttentionMethod):
             rank = DEFAULT_RANK if rank is None else positive_int("rank", rank)
             self.a = nn.Parameter(torch.empty(heads, n, rank))
             self.b = nn.Parameter(torch.empty(heads, rank, n))
+        own = heads == shape.num_heads
+        self.head_dims = {name: 0 if own else None for name, _ in self.named_parameters()}
+        self.maps_per_layer = heads
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -123,6 +130,15 @@ class Lmam(AttentionMethod):
         # The maps themselves, and their product with each head's values, once for the sequence.
         maps = 0 if self.full_rank else self.a.numel() * self.n
         return (maps + self.num_heads * min(self.n, seq_len) ** 2 * self.head_dim) / seq_len
+
+    def tensor_parallel_refusal(self, size: int) -> str | None:
+        heads = self.num_heads // size
+        if self.maps_per_layer != self.num_heads and heads % self.maps_per_layer:
+            return (
+                f"heads={self.maps_per_layer}: query head j uses map j mod {self.maps_per_layer}, so not every "
+                f"process's {heads} heads begin with the first; make it {self.num_heads} or a divisor of {heads}"
+            )
+        return None
 
     def differs_at_start(self) -> list[str]:
         return ["softmax_map adds a map whose rows sum to 1"] if self.softmax_map else []

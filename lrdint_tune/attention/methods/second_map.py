@@ -39,6 +39,7 @@ class SecondMap(DifferentialMethod):
         ConfigError: for a bad option value.
     """
 
+    head_dims = {"norm.weight": None}
     rotary_dims = {"q2.up": (2,), "k2.up": (2,), "q2.weight": (0,), "k2.weight": (0,)}
 
     def __init__(

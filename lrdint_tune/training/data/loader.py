@@ -69,6 +69,7 @@ class BatchLoader:
         drop_last: True (training): packs that do not fill a global batch are left out of the epoch. False
             (validation): all packs are used; the last micro-batch is filled up with sequences of padding and no
             labels, so that every rank does the same number of forwards.
+        shared_by: how many ranks share a sequence; every N is a multiple of it.
 
     Raises:
         ConfigError: a row longer than ``max_seq_len``, or a batch size below 1.
@@ -87,6 +88,7 @@ class BatchLoader:
         seed: int,
         pad_id: int,
         drop_last: bool = True,
+        shared_by: int = 1,
     ) -> None:
         if batch_size < 1:
             raise ConfigError(f"batch_size={batch_size}: must be at least 1; give the sequences per rank and pass")
@@ -99,6 +101,7 @@ class BatchLoader:
         self.dataset, self.max_seq_len, self.packed = dataset, max_seq_len, packed
         self.shuffle, self.seed, self.pad_id, self.drop_last = shuffle, seed, pad_id, drop_last
         self.batch_size, self.dp_rank, self.dp_size = batch_size, dp_rank, dp_size
+        self.width_multiple = _WIDTH_MULTIPLE * shared_by
         self._planned: tuple[int, PackPlan] | None = None
         self.start_epoch(0)
 
@@ -163,7 +166,7 @@ class BatchLoader:
 
     def _batch(self, packs: list[IntArray]) -> Batch:
         counts = [int(self.dataset.token_counts[pack].sum()) for pack in packs]
-        rounded = -(-max([*counts, 1]) // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
+        rounded = -(-max([*counts, 1]) // self.width_multiple) * self.width_multiple
         width = self.max_seq_len if self.packed else min(rounded, self.max_seq_len)
         tokens = np.full((len(packs), width), self.pad_id, dtype=np.int64)
         labels = np.full((len(packs), width), IGNORE_INDEX, dtype=np.int64)

@@ -129,8 +129,13 @@ def test_missing_tokenizer_file() -> None:
 
 
 def test_mesh_arithmetic() -> None:
-    assert mesh_shape(8, 2, -1) == (2, 4)
-    assert mesh_shape(1, 1, 1) == (1, 1)
+    assert mesh_shape(8, 2, -1) == (2, 4, 1, 1)
+    assert mesh_shape(1, 1, 1) == (1, 1, 1, 1)
+    assert mesh_shape(64, 2, -1, context=4, tensor=2) == (2, 4, 4, 2)
+    with pytest.raises(ConfigError, match=r"context_parallel_dim x tensor_parallel_dim=3 x 2.*8 / 6"):
+        mesh_shape(8, 1, -1, context=3, tensor=2)
+    with pytest.raises(ConfigError, match=r"1 \(replicate\) x 2 \(shard\) x 1 \(context\) x 2 \(tensor\) = 4, but 8"):
+        mesh_shape(8, 1, 2, tensor=2)
     with pytest.raises(ConfigError, match=r"data_parallel_replicate_dim=3.*8 / 3"):
         mesh_shape(8, 3, -1)
     with pytest.raises(ConfigError, match=r"2 \(replicate\) x 3 \(shard\) = 6, but 8"):
@@ -140,5 +145,5 @@ def test_mesh_arithmetic() -> None:
 def test_accumulation_follows_from_the_global_batch() -> None:
     assert accumulation_steps(load(batch_size=2, global_batch_size=16), 4) == 2
     assert accumulation_steps(load(batch_size=2, gradient_accumulation_steps=3), 4) == 3
-    with pytest.raises(ConfigError, match="global_batch_size=10.*2 x 4 processes = 8"):
+    with pytest.raises(ConfigError, match="global_batch_size=10.*2 x 4 data-parallel ranks = 8"):
         accumulation_steps(load(batch_size=2, global_batch_size=10), 4)

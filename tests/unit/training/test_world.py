@@ -69,7 +69,7 @@ def _alone() -> tuple[int, int, str, tuple[int, ...]]:
 
 
 def test_one_process_without_a_launcher() -> None:
-    assert start_ranks(_alone, 1, group=False).results == [(0, 1, "cpu", (1, 1))]
+    assert start_ranks(_alone, 1, group=False).results == [(0, 1, "cpu", (1, 1, 1))]
 
 
 def _refused() -> str:
@@ -87,8 +87,8 @@ def _two(replicate: int) -> tuple[str, str, tuple[int, ...]]:
 
 
 def test_mesh_of_two_and_what_rank_0_does_for_all() -> None:
-    assert run_ranks(_two, 2, 1) == [("by rank 0", "no such thing", (1, 2))] * 2
-    assert run_ranks(_two, 2, 2) == [("by rank 0", "no such thing", (2, 1))] * 2
+    assert run_ranks(_two, 2, 1) == [("by rank 0", "no such thing", (1, 2, 1))] * 2
+    assert run_ranks(_two, 2, 2) == [("by rank 0", "no such thing", (2, 1, 1))] * 2
 
 
 def test_device(monkeypatch: pytest.MonkeyPatch) -> None:
