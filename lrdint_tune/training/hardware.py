@@ -46,7 +46,7 @@ HARDWARE: dict[str, Hardware] = {
     "h100_pcie": Hardware("H100 PCIe", ("NVIDIA H100 PCIe",), 756, 1513, 378, 51, 79.1, 2000, 64),
     "h100_nvl": Hardware("H100 NVL", ("NVIDIA H100 NVL",), 835, 1671, 417, 60, 93.1, 3900, 300),
     "h200": Hardware("H200 SXM", ("NVIDIA H200",), 989, 1979, 494, 67, 139.8, 4800, 450),
-    "b200": Hardware("B200", ("NVIDIA B200",), 2250, 4500, 1125, 75, 178.3, 7700, 900),
+    "b200": Hardware("B200", ("NVIDIA B200",), 2250, 4500, 1100, 75, 178.3, 7700, 900),
     "l40s": Hardware("L40S", ("NVIDIA L40S",), 362, 733, 183, 91.6, 44.4, 864, 32),
     "rtx4090": Hardware("RTX 4090", ("NVIDIA GeForce RTX 4090",), 165, 330, 82.6, 82.6, 23.6, 1008, 32),
     "mi300x": Hardware(
@@ -63,7 +63,7 @@ def find_hardware(device_name: str) -> Hardware | None:
     return next((entry for entry in HARDWARE.values() if device_name in entry.device_names), None)
 
 
-def peak_tflops(device: torch.device, dtype: str) -> float | None:
+def device_peak(device: torch.device, dtype: str) -> float | None:
     """Peak of this process's device in TFLOP/s for matrix products in ``bf16`` or ``fp32`` (TF32 where torch is set to
     use it); None where nothing is known, which includes every CPU."""
     if device.type != "cuda":

@@ -8,6 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from lrdint_tune.models.decoder import LlamaDecoder
 from lrdint_tune.training.activations import checkpoint_activations
 from lrdint_tune.training.config import TrainConfig
+from lrdint_tune.training.offloading import offload_activations
 from lrdint_tune.training.precision import set_precision
 from lrdint_tune.training.sharding import shard_model
 
@@ -17,4 +18,12 @@ def parallelize(model: LlamaDecoder, cfg: TrainConfig, mesh: DeviceMesh) -> None
     set_precision(model, cfg.dtype)
     if cfg.enable_activation_checkpointing:
         checkpoint_activations(model, cfg.ac_mode)
-    shard_model(model, mesh, cfg.dtype)
+    if cfg.enable_activation_offloading:
+        offload_activations(model)
+    shard_model(
+        model,
+        mesh,
+        cfg.dtype,
+        reshard_after_forward=cfg.fsdp_reshard_after_forward,
+        cpu_offload=cfg.fsdp_cpu_offload,
+    )

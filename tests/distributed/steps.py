@@ -96,18 +96,34 @@ def reduced_elements(file: Path, changes: dict[str, Any]) -> tuple[list[int], in
     (torch's own communication debug mode trips over the RoPE module that all layers share.)
     """
     trainer = start_trainer(file, changes)
-    elements = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if "reduce_scatter" in func.__name__:
-                _, sent, *_ = args
-                elements.append(sum(t.numel() for t in tree_leaves(sent) if isinstance(t, Tensor)))
-            return func(*args, **(kwargs or {}))
-
-    with Watch():
+    with _Watch() as watch:
         trainer._train_step(logging_step=False)
-    return elements, sum(p.numel() for p in trainer.trained)
+    elements = [
+        sum(t.numel() for t in tree_leaves(args[1]) if isinstance(t, Tensor))
+        for name, args in watch.calls
+        if "reduce_scatter" in name
+    ]
+    return elements, sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+
+
+def gathers(file: Path, changes: dict[str, Any]) -> int:
+    """How often one step gathers parameters."""
+    trainer = start_trainer(file, changes)
+    with _Watch() as watch:
+        trainer._train_step(logging_step=False)
+    return sum(name.startswith("_allgather_base") for name, _ in watch.calls)
+
+
+class _Watch(TorchDispatchMode):
+    """Every operation's name and positional arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls.append((func.__name__, args))
+        return func(*args, **(kwargs or {}))
 
 
 def plain_step(file: Path, changes: dict[str, Any], at: int = 0) -> Step:
