@@ -49,8 +49,9 @@ from lrdint_tune.training.components import build, build_recorder, build_tokeniz
 from lrdint_tune.training.config import Section, load_config
 from lrdint_tune.training.data import IGNORE_INDEX, Batch, BatchLoader, TokenisedDataset
 from lrdint_tune.training.metrics import Progress
+from lrdint_tune.training.nonfinite import NonFiniteLossError
 from lrdint_tune.training.trainable import optimizer_groups
-from lrdint_tune.training.trainer import CALIBRATION_BATCHES, NonFiniteLossError
+from lrdint_tune.training.trainer import CALIBRATION_BATCHES
 from lrdint_tune.training.world import resolve_device
 
 log = logging.getLogger(__name__)

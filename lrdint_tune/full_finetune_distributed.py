@@ -18,7 +18,8 @@ from torchtune import config
 
 from lrdint_tune.errors import ConfigError
 from lrdint_tune.training.config import load_config
-from lrdint_tune.training.trainer import NonFiniteLossError, Trainer
+from lrdint_tune.training.nonfinite import NonFiniteLossError
+from lrdint_tune.training.trainer import Trainer
 from lrdint_tune.training.world import end_world, start_world
 
 EXIT_BAD_INPUT = 2

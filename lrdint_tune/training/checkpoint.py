@@ -22,12 +22,12 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from lrdint_tune.errors import ConfigError
 from lrdint_tune.models.decoder import is_new_tensor
+from lrdint_tune.training.schedule import set_rate
 
 log = logging.getLogger(__name__)
 
@@ -143,41 +143,37 @@ class CheckpointManager:
 
     def load(self, path: Path, model: nn.Module, optimizer: Optimizer) -> None:
         """Fill the trained tensors, the optimizer and the random state from ``path``; any number of ranks may have
-        written it."""
-        state = _tensors(model, optimizer)
-        reader = dcp.FileSystemReader(path)
-        stored = reader.read_metadata().state_dict_metadata
-        named = _named_trained(model)
-        # The optimizer has no state before its first step: make room for what was saved.
-        for key, meta in stored.items():
-            if key.startswith("optimizer.") and key not in state:
-                name = key.removeprefix("optimizer.").rsplit(".", 1)[0]
-                assert isinstance(meta, TensorStorageMetadata)
-                like = named.get(name)
-                if like is not None and meta.size == like.shape:
-                    state[key] = torch.zeros_like(like, dtype=meta.properties.dtype)
-                else:
-                    state[key] = torch.zeros(meta.size, dtype=meta.properties.dtype)
-        dcp.load(state, storage_reader=reader)
-        self._restore_optimizer(optimizer, named, state)
+        written it.
 
-    @staticmethod
-    def _restore_optimizer(optimizer: Optimizer, named: dict[str, Tensor], state: dict[str, Any]) -> None:
-        entries: dict[str, dict[str, Any]] = {}
-        for key, value in state.items():
-            if key.startswith("optimizer."):
-                name, entry = key.removeprefix("optimizer.").rsplit(".", 1)
-                entries.setdefault(name, {})[entry] = value
-        name_of = {id(p): name for name, p in named.items()}
-        order = [name_of[id(p)] for group in optimizer.param_groups for p in group["params"]]
-        # Through load_state_dict, which knows where each optimizer wants its state (fused ones keep `step` on the
-        # device).
-        optimizer.load_state_dict(
-            {
-                "state": {i: entries[name] for i, name in enumerate(order) if name in entries},
-                "param_groups": optimizer.state_dict()["param_groups"],
-            }
-        )
+        Raises:
+            ConfigError: the optimizer's state is of another kind, or it is quantised and cannot be cut anew.
+        """
+        reader = dcp.FileSystemReader(path)
+        stored = {key for key in reader.read_metadata().state_dict_metadata if key.startswith("optimizer.")}
+        _make_room(model, optimizer, stored)
+        state = _tensors(model, optimizer)
+        differing = stored ^ {key for key in state if key.startswith("optimizer.")}
+        if differing:
+            entries = ", ".join(sorted({key.rsplit(".", 1)[1] for key in differing}))
+            raise ConfigError(
+                f"resume={path}: {entries} of the optimizer's state is either there or kept here, not both; use the "
+                "optimizer options of that run, or another output_dir"
+            )
+        try:
+            dcp.load(state, storage_reader=reader)
+        except dcp.CheckpointException as error:
+            # torchao's quantised state is cut between blocks only.
+            if not all(isinstance(cause, ValueError) for cause, _ in error.failures.values()):
+                raise
+            reason = str(next(iter(error.failures.values()))[0]).split(". ")[0]
+            raise ConfigError(
+                f"resume={path}: the optimizer's state cannot be spread over {dist.get_world_size()} processes "
+                f"({reason}); start as many as wrote it"
+            ) from None
+        for name, parameter in _named_trained(model).items():
+            entry = optimizer.state.get(parameter, {})
+            for key in entry:  # what is no tensor is not filled in place
+                entry[key] = state[f"optimizer.{name}.{key}"]
 
     @staticmethod
     def load_rng(path: Path) -> None:
@@ -229,6 +225,23 @@ def _named_trained(model: nn.Module) -> dict[str, Tensor]:
         if isinstance(module, FSDPModule):
             module.reshard()
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _make_room(model: nn.Module, optimizer: Optimizer, stored: set[str]) -> None:
+    """Make the optimizer allocate its state, which it does in its first step, for the parameters that have some in
+    ``stored``: only it knows what kinds of tensors it keeps, and where. A gradient of 0 at a learning rate of 0 leaves
+    the parameters as they are (those that are trained are about to be loaded anyway)."""
+    names = {key.removeprefix("optimizer.").rsplit(".", 1)[0] for key in stored}
+    for name, parameter in _named_trained(model).items():
+        if name in names:
+            parameter.grad = torch.zeros_like(parameter)
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        set_rate(group, 0.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        set_rate(group, rate)
 
 
 def _tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lrdint_tune.errors import ConfigError
+from lrdint_tune.training.memory import check_memory
+from lrdint_tune.training.profiling import check_profiler
 from lrdint_tune.training.trainable import TRAINABLE_GROUPS
 
 Section = dict[str, Any]
@@ -113,11 +115,17 @@ class TrainConfig(RunConfig):
     context_parallel_dim: int = 1
     enable_activation_checkpointing: bool = False
     ac_mode: str = "full"
+    enable_activation_offloading: bool = False
+    fsdp_cpu_offload: bool = False
+    fsdp_reshard_after_forward: bool = True
+    optimizer_in_bwd: bool = False
     # Checkpoints and records
     save_every_n_steps: int | None = None
     keep_last_n_checkpoints: int = 2
     resume: str = "auto"
     run_val_every_n_steps: int | None = None
+    peak_tflops: float | None = None
+    profiler: Section | None = None
 
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, ("bf16", "fp32"), hint="fp16 is not supported: its range needs loss scaling")
@@ -147,6 +155,10 @@ class TrainConfig(RunConfig):
             raise ConfigError(
                 f"run_val_every_n_steps={self.run_val_every_n_steps}: there is no dataset_val; add that section"
             )
+        if self.peak_tflops is not None and self.peak_tflops <= 0:
+            raise ConfigError(f"peak_tflops={self.peak_tflops:g}: must be positive; leave it out if it is not known")
+        check_memory(self)
+        check_profiler(self.profiler)
         if "checkpoint_dir" not in self.checkpointer:
             raise ConfigError(
                 f"checkpointer={self.checkpointer}: has no checkpoint_dir; give the folder of the pretrained weights"

@@ -8,17 +8,18 @@ from lrdint_tune.adapters import named_adapters
 from lrdint_tune.models.decoder import LlamaDecoder, is_new_tensor
 
 
-def training_flops_per_token(model: LlamaDecoder, seq_len: int) -> float:
+def training_flops_per_token(model: LlamaDecoder, seq_len: int, *, causal: bool = False) -> float:
     """Floating-point operations per token of one forward and backward pass over a sequence of one document.
 
     A weight of a matrix product costs 2 in the forward pass, 2 for the gradient of its input and, if it is trained, 2
     for its own. Attention costs ``4 N H hd`` forward and twice that backward for each map, counted over the full ``N x
-    N`` map as torch's FLOP counter does; the causal half is what a fused kernel really computes. Recomputation is not
-    counted.
+    N`` map as torch's FLOP counter does, or with ``causal`` over its lower triangle, which is what a fused kernel
+    really computes: ``(N + 1) / 2`` keys a row. Recomputation is not counted.
 
     Args:
         model: names, shapes and ``requires_grad`` are read; sharded and meta parameters are fine.
         seq_len: ``N``.
+        causal: whether a row's product with later keys is left out.
     """
     spec = model.spec
     total = 0.0
@@ -31,7 +32,8 @@ def training_flops_per_token(model: LlamaDecoder, seq_len: int) -> float:
     for method in model.methods():
         total += _passes(method) * method.products_per_token(seq_len)
     maps = sum(method.num_maps for method in model.methods())
-    return total + maps * 12.0 * seq_len * spec.num_heads * spec.head_dim
+    keys_per_row = (seq_len + 1) / 2 if causal else seq_len
+    return total + maps * 12.0 * keys_per_row * spec.num_heads * spec.head_dim
 
 
 def _passes(module: nn.Module) -> int:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lrdint_tune.models.decoder import LlamaDecoder
+from lrdint_tune.models.decoder import LlamaDecoder, is_new_tensor
 from lrdint_tune.training.world import World
 
 
@@ -19,20 +19,43 @@ def total_norm(parameters: Iterable[nn.Parameter]) -> float:
     return float((norm.full_tensor() if isinstance(norm, DTensor) else norm).item())
 
 
-def adapter_norms(model: LlamaDecoder, world: World) -> dict[str, float]:
-    """``adapter_grad_norm/layers.N`` -> L2 norm of the gradients of the layer's new tensors; a collective."""
-    squares = torch.zeros(model.spec.num_layers, device=world.device)
-    for name, parameter in model.adapter_parameters().items():
-        if parameter.grad is not None:
-            grad, copies = parameter.grad, 1
-            if isinstance(grad, DTensor):
-                if world.tensor_size > 1 and grad.placements[-1].is_replicate():
-                    copies = world.tensor_size
-                grad = grad.to_local()
-            squares[int(name.split(".")[1])] += grad.float().square().sum() / copies
+def local_square(grad: Tensor, world: World) -> Tensor:
+    """Sum of the squares of this rank's part of a gradient, 0-dim float32; of one that the ranks of a tensor group all
+    hold, its part of that sum."""
+    if not isinstance(grad, DTensor):
+        return grad.float().square().sum()
+    copies = world.tensor_size if grad.placements[-1].is_replicate() else 1
+    return grad.to_local().float().square().sum() / copies
+
+
+def total_norm_of(squares: Mapping[str, Tensor], world: World) -> float:
+    """L2 norm over all gradients from the :func:`local_square` of each; a collective."""
+    total = torch.zeros((), device=world.device)
+    for square in squares.values():
+        total += square
+    return _over_ranks(total, world).sqrt().item()
+
+
+def adapter_norms(squares: Mapping[str, Tensor], num_layers: int, world: World) -> dict[str, float]:
+    """``adapter_grad_norm/layers.N`` -> L2 norm of the gradients of the layer's new tensors; a collective.
+
+    Args:
+        squares: state-dict name of a parameter -> :func:`local_square` of its gradient; pretrained tensors may be
+            among them.
+    """
+    sums = torch.zeros(num_layers, device=world.device)
+    for name, square in squares.items():
+        if is_new_tensor(name):
+            sums[int(name.split(".")[1])] += square
+    norms = _over_ranks(sums, world).sqrt().tolist()
+    return {f"adapter_grad_norm/layers.{i}": norm for i, norm in enumerate(norms)}
+
+
+def _over_ranks(squares: Tensor, world: World) -> Tensor:
+    """The sum over the ranks that hold different parts, in place."""
     for dim in ("shard", "tensor"):
         dist.all_reduce(squares, group=world.mesh.get_group(dim))
-    return {f"adapter_grad_norm/layers.{i}": value for i, value in enumerate(squares.sqrt().tolist())}
+    return squares
 
 
 def diagnostics(model: LlamaDecoder, world: World) -> dict[str, float]:

@@ -7,6 +7,7 @@ from lrdint_tune.errors import ConfigError
 from lrdint_tune.models.decoder import LlamaDecoder
 from lrdint_tune.training.activations import checkpoint_activations
 from lrdint_tune.training.config import TrainConfig
+from lrdint_tune.training.offloading import offload_activations
 from lrdint_tune.training.precision import set_precision
 from lrdint_tune.training.sharding import shard_model
 from lrdint_tune.training.tensor_parallel import apply_tensor_parallel, check_tensor_parallel
@@ -34,4 +35,12 @@ def parallelize(model: LlamaDecoder, cfg: TrainConfig, world: World) -> None:
         apply_tensor_parallel(model, world.mesh["tensor"])
     if cfg.enable_activation_checkpointing:
         checkpoint_activations(model, cfg.ac_mode)
-    shard_model(model, world.mesh, cfg.dtype)
+    if cfg.enable_activation_offloading:
+        offload_activations(model)
+    shard_model(
+        model,
+        world.mesh,
+        cfg.dtype,
+        reshard_after_forward=cfg.fsdp_reshard_after_forward,
+        cpu_offload=cfg.fsdp_cpu_offload,
+    )

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
+from torch.profiler import record_function
 
 from lrdint_tune.attention import DocumentMask
 from lrdint_tune.errors import ConfigError
@@ -35,21 +36,23 @@ from lrdint_tune.training.components import (
 from lrdint_tune.training.config import TrainConfig
 from lrdint_tune.training.data import Batch, BatchLoader
 from lrdint_tune.training.flops import training_flops_per_token
-from lrdint_tune.training.gradients import adapter_norms, diagnostics, total_norm
+from lrdint_tune.training.gradients import diagnostics
+from lrdint_tune.training.hardware import device_peak
+from lrdint_tune.training.memory import check_device, check_passes
 from lrdint_tune.training.metrics import Progress, TensorBoardLogger, Throughput, memory_values
+from lrdint_tune.training.nonfinite import rows_of, stop_for_nonfinite
 from lrdint_tune.training.parallelize import check_parallel, parallelize
+from lrdint_tune.training.profiling import ProfilerWindow
 from lrdint_tune.training.results import write_results
-from lrdint_tune.training.trainable import LAMBDA_GROUP, optimizer_groups, parameter_table, set_trainable
+from lrdint_tune.training.schedule import learning_rates, restore_schedule, schedule_state
+from lrdint_tune.training.trainable import optimizer_groups, parameter_table, set_trainable
+from lrdint_tune.training.updates import build_updates
 from lrdint_tune.training.weights import initial_method_state, load_weights, materialise
 from lrdint_tune.training.world import World
 
 log = logging.getLogger(__name__)
 
 CALIBRATION_BATCHES = 4
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss or the gradient became NaN or infinite; the message names the step and the rows of the batch."""
 
 
 class Trainer:
@@ -68,6 +71,7 @@ class Trainer:
         torch.manual_seed(cfg.seed)
         self.output_dir = Path(cfg.output_dir)
         self.checkpoint_dir = Path(cfg.checkpointer["checkpoint_dir"])
+        check_device(cfg, world.device)
 
         # The model first, without memory: a wrong option must not wait for the data to be tokenised.
         model = build_model(cfg)
@@ -75,6 +79,7 @@ class Trainer:
         tokenizer = build_tokenizer(cfg.tokenizer)
         check_parallel(model, cfg)
         self.accumulation = accumulation_steps(cfg, world.data_size)
+        check_passes(cfg, self.accumulation, world.data_size)
         self.global_batch = cfg.batch_size * world.data_size * self.accumulation
         self.loader = build_loader("dataset", cfg.dataset, cfg, world, tokenizer)
         self.loader.check_vocabulary(model.spec.vocab_size)
@@ -94,6 +99,7 @@ class Trainer:
         if world.is_main:
             startup.warn(model.methods(), cfg)
         self.recorder = build_recorder(cfg)
+        self.profiler = ProfilerWindow(cfg.profiler, self.recorder.log_dir, world, self.total_steps)
 
         self.step = 0
         self.continues_method = False  # until the weights show that they hold the method's tensors
@@ -116,7 +122,7 @@ class Trainer:
             if cfg.lr_scheduler is None
             else build("lr_scheduler", cfg.lr_scheduler, self.optimizer, num_training_steps=self.total_steps)
         )
-        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.updates = build_updates(self.model, self.optimizer, world, cfg)
         if resume_from is not None and saved is not None:
             self._resume(resume_from, saved)
         elif self.model.needs_calibration:
@@ -136,7 +142,7 @@ class Trainer:
     def _load_model(self, model: LlamaDecoder) -> LlamaDecoder:
         new_tensors = initial_method_state(model, self.cfg.seed)
         parallelize(model, self.cfg, self.world)
-        materialise(model, self.world.device)
+        materialise(model, self.world.device, cpu_offload=self.cfg.fsdp_cpu_offload)
         load_weights(model, self._weights(new_tensors))
         return model
 
@@ -198,7 +204,7 @@ class Trainer:
             "run": self.run_identity(),
             "leaks_future": self.spec.leaks_future,
             "loader": self.loader.state_dict(),
-            "lr_scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "lr_scheduler": None if self.scheduler is None else schedule_state(self.scheduler),
         }
 
     def _resume(self, path: Path, saved: dict[str, Any]) -> None:
@@ -206,14 +212,11 @@ class Trainer:
         self.step = saved["step"]
         self.loader.load_state_dict(saved["loader"])
         if self.scheduler is not None and saved["lr_scheduler"] is not None:
-            if self.scheduler.base_lrs != saved["lr_scheduler"]["base_lrs"]:
+            if not restore_schedule(self.scheduler, saved["lr_scheduler"]):
                 log.warning(
                     "optimizer.lr, lam_lr: no effect, the schedule goes on with the checkpoint's learning rates %s",
                     saved["lr_scheduler"]["base_lrs"],
                 )
-            self.scheduler.load_state_dict(saved["lr_scheduler"])
-            for group, lr in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
-                group["lr"] = lr
         self.checkpoints.load_rng(path)
         if self.world.is_main:
             log.info("resuming from %s", path)
@@ -227,19 +230,25 @@ class Trainer:
         """Run to the last step, with validation and checkpoints on the way, then export.
 
         Raises:
-            NonFiniteLossError: NaN or infinite loss or gradient; nothing was updated with it, the last checkpoint
-            stands.
+            NonFiniteLossError: NaN or infinite loss or gradient; nothing was updated with it (with ``optimizer_in_bwd``
+            the parameters in memory were), the last checkpoint stands.
         """
         cfg = self.cfg
         self.world.on_main(lambda: self.checkpoints.set_aside_after(self.step))
         recorder = self._open_recorder()
         progress = Progress(self.total_steps, self.step, enabled=self.world.is_main)
-        throughput = Throughput(training_flops_per_token(self.model, cfg.max_seq_len), self.world.size)
+        throughput = Throughput(
+            flops_per_token=training_flops_per_token(self.model, cfg.max_seq_len),
+            causal_flops_per_token=training_flops_per_token(self.model, cfg.max_seq_len, causal=True),
+            world_size=self.world.size,
+            peak_tflops=cfg.peak_tflops or device_peak(self.world.device, cfg.dtype),
+        )
         tps = 0.0
         try:
             if self.step == 0 and self.loader_val is not None:
                 self._record_validation(recorder, progress)
             throughput.reset()
+            self.profiler.start(self.total_steps - self.step)
             while self.step < self.total_steps:
                 logging_step = (self.step + 1) % cfg.log_every_n_steps == 0
                 values, tokens, data_seconds = self._train_step(logging_step)
@@ -259,7 +268,9 @@ class Trainer:
                 if last or (cfg.save_every_n_steps and self.step % cfg.save_every_n_steps == 0):
                     self.save()
                     throughput.reset()
+                self.profiler.step()
         finally:
+            self.profiler.stop()
             progress.close()
             if recorder is not None:
                 recorder.close()
@@ -273,7 +284,8 @@ class Trainer:
         start = time.perf_counter()
         if self.step % self.steps_per_epoch == 0:
             self.loader.start_epoch(self.step // self.steps_per_epoch)
-        batches = [self.loader.next_batch() for _ in range(self.accumulation)]
+        with record_function("data"):
+            batches = [self.loader.next_batch() for _ in range(self.accumulation)]
         data_seconds = time.perf_counter() - start
 
         self.model.advance_schedule(self.step)
@@ -286,7 +298,7 @@ class Trainer:
         label_tokens, input_tokens = (counts / (self.world.size // self.world.data_size)).tolist()
         if not label_tokens:
             raise ConfigError(
-                f"dataset: no trained token in the batch of step {self.step + 1} (rows {_rows(batches)}); check the "
+                f"dataset: no trained token in the batch of step {self.step + 1} (rows {rows_of(batches)}); check the "
                 "columns"
             )
 
@@ -294,32 +306,27 @@ class Trainer:
         for i, batch in enumerate(batches):
             # Between the passes of a step each rank adds up its own gradients; they travel once.
             cast(FSDPModule, self.model).set_requires_gradient_sync(i == len(batches) - 1)
-            loss = self._loss(self.loader, batch)
-            # FSDP2 averages gradients over the ranks that hold parts of the loss; it is per token over all of them.
-            (loss * (self.world.size // self.world.tensor_size / label_tokens)).backward()
+            with record_function("forward"):
+                loss = self._loss(self.loader, batch)
+            with record_function("backward"):
+                # FSDP2 averages gradients over the ranks that hold parts of the loss; it is per token over all of them.
+                (loss * (self.world.size // self.world.tensor_size / label_tokens)).backward()
             losses.append(loss.detach())
         loss = torch.stack(losses).sum().double()
         dist.all_reduce(loss)
         average = loss.item() / self.world.tensor_size / label_tokens
-        norm = total_norm(self.trained)
+        norm = self.updates.total_norm()
         if not math.isfinite(average) or not math.isfinite(norm):
-            self._stop_for_nonfinite(average, norm, batches, losses)
+            stop_for_nonfinite(
+                self.step + 1, average, norm, batches, losses, self.updates.if_nonfinite, self.checkpoints.steps()
+            )
 
         values = {"loss_metrics/global_avg_loss": average}
         if logging_step:
-            values |= {"grad_norm": norm, "lr": self.optimizer.param_groups[0]["lr"]}
-            for group in self.optimizer.param_groups:
-                if group.get("name") == LAMBDA_GROUP:
-                    values["lr_lambda"] = group["lr"]
-            values |= diagnostics(self.model, self.world)
+            values |= {"grad_norm": norm, **learning_rates(self.optimizer), **diagnostics(self.model, self.world)}
             if not self.spec.is_stock:
-                values |= adapter_norms(self.model, self.world)
-        if self.cfg.clip_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(
-                self.trained, self.cfg.clip_grad_norm, torch.tensor(norm, device=self.world.device)
-            )
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+                values |= self.updates.adapter_norms()
+        self.updates.finish(norm)
         if self.scheduler is not None:
             self.scheduler.step()
         self.step += 1
@@ -368,22 +375,6 @@ class Trainer:
             log.info("held-out NLL per token: %.4f at step %d, %.4f at step %d", before, first, after, last)
         log.info("curves: tensorboard --logdir %s", recorder.log_dir)
 
-    def _stop_for_nonfinite(self, loss: float, norm: float, batches: list[Batch], losses: list[Tensor]) -> None:
-        bad = [b for b, value in zip(batches, losses, strict=True) if not torch.isfinite(value)]
-        gathered: list[Any] = [None] * self.world.size
-        dist.all_gather_object(gathered, _rows(bad))
-        rows = sorted({row for part in gathered for row in part})
-        kept = self.checkpoints.steps()
-        where = (
-            f"dataset rows {rows[:20]}{' ...' if len(rows) > 20 else ''}"
-            if rows
-            else f"dataset rows {_rows(batches)[:20]} (loss finite, gradient not)"
-        )
-        raise NonFiniteLossError(
-            f"step {self.step + 1}: loss {loss}, gradient norm {norm}; {where}; no update was made; "
-            + (f"checkpoint step-{kept[-1]} stands" if kept else "there is no checkpoint yet")
-        )
-
     def _open_recorder(self) -> TensorBoardLogger | None:
         if not self.world.is_main:
             return None
@@ -403,7 +394,3 @@ class Trainer:
             )
             return
         write_results(self.model, self.cfg)
-
-
-def _rows(batches: list[Batch]) -> list[int]:
-    return sorted({int(row) for batch in batches for row in batch.row_ids})

@@ -33,9 +33,15 @@ def initial_method_state(model: LlamaDecoder, seed: int) -> dict[str, Tensor]:
     return state
 
 
-def materialise(model: LlamaDecoder, device: torch.device) -> None:
-    """Give a sharded meta-device model memory and RoPE caches; weights and buffers are still to be loaded."""
-    model.to_empty(device=device)
+def materialise(model: LlamaDecoder, device: torch.device, *, cpu_offload: bool = False) -> None:
+    """Give a sharded meta-device model memory and RoPE caches; weights and buffers are still to be loaded.
+
+    With ``cpu_offload`` only buffers are on ``device``; FSDP2 brings the parameters there.
+    """
+    model.to_empty(device="cpu" if cpu_offload else device)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))  # where it is already, unless the parameters are elsewhere
     for module in model.modules():
         if hasattr(module, "rope_init"):
             with device:

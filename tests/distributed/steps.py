@@ -104,20 +104,35 @@ def traffic(file: Path, changes: dict[str, Any]) -> tuple[dict[str, list[int]], 
     """
     trainer = start_trainer(file, changes)
     elements: dict[str, list[int]] = {"reduce_scatter": [], "all_reduce": [], "all_gather": []}
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            name = func.__name__.replace("allreduce", "all_reduce").replace("allgather", "all_gather")
-            for kind, found in elements.items():
-                if kind in name:
-                    # The functional ones have the tensor first, those of c10d the output before the input.
-                    sent = args[0] if "c10d_functional" in str(func) or kind == "all_reduce" else args[1]
-                    found.append(sum(t.numel() for t in tree_leaves(sent) if isinstance(t, Tensor)))
-            return func(*args, **(kwargs or {}))
-
-    with Watch():
+    with _Watch() as watch:
         trainer._train_step(logging_step=False)
-    return elements, sum(p.numel() for p in trainer.trained)
+    for name, functional, args in watch.calls:
+        for kind, found in elements.items():
+            if kind in name.replace("allreduce", "all_reduce").replace("allgather", "all_gather"):
+                # The functional ones have the tensor first, those of c10d the output before the input.
+                sent = args[0] if functional or kind == "all_reduce" else args[1]
+                found.append(sum(t.numel() for t in tree_leaves(sent) if isinstance(t, Tensor)))
+    return elements, sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+
+
+def gathers(file: Path, changes: dict[str, Any]) -> int:
+    """How often one step gathers parameters."""
+    trainer = start_trainer(file, changes)
+    with _Watch() as watch:
+        trainer._train_step(logging_step=False)
+    return sum(name.startswith("_allgather_base") for name, *_ in watch.calls)
+
+
+class _Watch(TorchDispatchMode):
+    """Every operation's name, whether it is a functional collective, and its positional arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, bool, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls.append((func.__name__, "c10d_functional" in str(func), args))
+        return func(*args, **(kwargs or {}))
 
 
 def reduced_elements(file: Path, changes: dict[str, Any]) -> tuple[list[int], int]:

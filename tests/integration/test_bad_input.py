@@ -151,6 +151,39 @@ CASES = [
     ),
     ("checkpoint with another rank", overrides("model.rank=2"), ["resume=", "rank is 3 there and 2 here"]),
     ("checkpoint of other data", overrides("dataset.num_rows=100"), ["resume", "rows", "120", "100"]),
+    ("CPU offloading on a CPU", overrides("fsdp_cpu_offload=true"), ["fsdp_cpu_offload=true", "CUDA", "cpu", "remove"]),
+    (
+        "activation offloading on a CPU",
+        overrides("enable_activation_offloading=true", "enable_activation_checkpointing=true"),
+        ["enable_activation_offloading=true", "CUDA", "cpu", "remove"],
+    ),
+    (
+        "updates in a backward pass of two",
+        overrides("optimizer_in_bwd=true", "clip_grad_norm=null"),
+        ["optimizer_in_bwd=true", "global_batch_size=2 makes 2 passes", "set global_batch_size=1"],
+    ),
+    (
+        "updates in a backward pass of three",
+        overrides(
+            "optimizer_in_bwd=true", "clip_grad_norm=null", "global_batch_size=null", "gradient_accumulation_steps=3"
+        ),
+        ["optimizer_in_bwd=true", "gradient_accumulation_steps=3 makes 3 passes", "set gradient_accumulation_steps=1"],
+    ),
+    (
+        "profile of kernels on a CPU",
+        overrides("profiler.enabled=true", "profiler.cuda=true"),
+        ["profiler.cuda=true", "cpu"],
+    ),
+    (
+        "profile that begins after the run",
+        overrides("profiler.enabled=true", "profiler.wait_steps=6"),
+        ["profiler.active_steps=2", "= 13 steps, the run after 8", "lower them"],
+    ),
+    (
+        "checkpoint of another kind of optimizer state",
+        overrides("optimizer.amsgrad=true", "epochs=3"),
+        ["resume=", "max_exp_avg_sq", "another output_dir"],
+    ),
     (
         "output over the pretrained model",
         lambda f, m: [f"output_dir={m.rename(f / 'hf').parent}", f"checkpointer.checkpoint_dir={f / 'hf'}"],

@@ -19,7 +19,7 @@ from lrdint_tune.finetune_transformers import Finetuning
 from lrdint_tune.hosts import load, methods
 from lrdint_tune.hosts.config import HostConfig
 from lrdint_tune.training.config import load_config
-from lrdint_tune.training.trainer import NonFiniteLossError
+from lrdint_tune.training.nonfinite import NonFiniteLossError
 from tests.common.hosts import tiny
 from tests.common.tiny_run import read_losses, write_tokenizer
 from tests.integration.kill_ranks import REPOSITORY, environment

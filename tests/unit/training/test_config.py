@@ -62,6 +62,23 @@ def load(**changes: Any) -> TrainConfig:
         ({"optimizer": {"lr": 1.0}}, ["optimizer", "_component_"]),
         ({"data_parallel_shard_dim": 0}, ["data_parallel_shard_dim=0", "-1"]),
         ({"output_dir": "${missing}"}, ["missing"]),
+        ({"peak_tflops": 0}, ["peak_tflops=0", "positive"]),
+        ({"fsdp_reshard_after_forward": "yes"}, ["fsdp_reshard_after_forward='yes'", "bool"]),
+        (
+            {"enable_activation_offloading": True},
+            ["enable_activation_offloading=true", "set enable_activation_checkpointing=true"],
+        ),
+        (
+            {"optimizer_in_bwd": True, "clip_grad_norm": 1.0},
+            ["optimizer_in_bwd=true", "clip_grad_norm=1.0", "set one of them"],
+        ),
+        ({"profiler": {"active": 3}}, ["profiler", "active=3", "active_steps"]),
+        ({"profiler": {"active_steps": 0}}, ["profiler.active_steps=0", "at least 1"]),
+        ({"profiler": {"wait_steps": -1}}, ["profiler.wait_steps=-1", "or 0"]),
+        ({"profiler": {"enabled": "yes"}}, ["profiler.enabled='yes'", "true or false"]),
+        ({"profiler": {"cuda": 1}}, ["profiler.cuda=1", "true or false"]),
+        ({"profiler": {"output_dir": 3}}, ["profiler.output_dir=3", "path"]),
+        ({"profiler": {"cpu": False, "cuda": False}}, ["profiler.cpu=false", "nothing is recorded"]),
     ],
 )
 def test_bad_values_are_named(changes: dict[str, Any], words: list[str]) -> None:

@@ -83,6 +83,17 @@ def test_frozen_weights_cost_less() -> None:
     assert frozen == pytest.approx(counted(model), rel=0.03)
 
 
+@pytest.mark.parametrize(("method", "maps"), [("none", 1), ("dint", 2)])
+def test_causal_half(method: str, maps: int) -> None:
+    """Three passes of two products, 2 hd each, for every pair of a row and a key that is not after it."""
+    model = llama3_2(**{**SIZES, "method": method})
+    spec = model.spec
+    later = int(torch.ones(N, N).triu(1).sum())
+    left_out = later * 3 * 2 * 2 * spec.head_dim * spec.num_heads * spec.num_layers * maps
+    full, causal = (training_flops_per_token(model, N, causal=causal) for causal in (False, True))
+    assert full - causal == pytest.approx(left_out / N)
+
+
 def test_meta_parameters_are_enough() -> None:
     with torch.device("meta"):
         model = llama3_2(**SIZES)
