@@ -8,6 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from lrdint_tune.models.decoder import LlamaDecoder
 from lrdint_tune.training.activations import checkpoint_activations
 from lrdint_tune.training.config import TrainConfig
+from lrdint_tune.training.nf4 import quantize_base
 from lrdint_tune.training.precision import set_precision
 from lrdint_tune.training.sharding import shard_model
 
@@ -15,6 +16,8 @@ from lrdint_tune.training.sharding import shard_model
 def parallelize(model: LlamaDecoder, cfg: TrainConfig, mesh: DeviceMesh) -> None:
     """Make ``model`` (meta device, ``requires_grad`` set) the model that ``cfg`` trains on ``mesh``, without memory."""
     set_precision(model, cfg.dtype)
+    if cfg.quantize_base == "nf4":
+        quantize_base(model, mesh.size(-1))
     if cfg.enable_activation_checkpointing:
         checkpoint_activations(model, cfg.ac_mode)
     shard_model(model, mesh, cfg.dtype)

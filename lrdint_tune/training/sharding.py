@@ -7,6 +7,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from lrdint_tune.models.decoder import LlamaDecoder
+from lrdint_tune.training.nf4 import nf4_parameters
 
 
 def shard_model(model: LlamaDecoder, mesh: DeviceMesh, dtype: str) -> None:
@@ -21,6 +22,8 @@ def shard_model(model: LlamaDecoder, mesh: DeviceMesh, dtype: str) -> None:
     mesh = mesh if mesh.size(0) > 1 else mesh["shard"]
     # With one shard there is nothing to free between forward and backward.
     reshard = mesh.size(-1) > 1
+    # torch 2.13 takes an NF4 weight, which is three tensors, only where it gathers; one shard is whole anyway.
+    whole = set() if reshard else nf4_parameters(model)
     for layer in model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, ignored_params=whole)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False, ignored_params=whole)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
+from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
 
 from lrdint_tune.attention import DocumentMask
 from lrdint_tune.errors import ConfigError
@@ -38,6 +39,7 @@ from lrdint_tune.training.flops import training_flops_per_token
 from lrdint_tune.training.gradients import adapter_norms, total_norm
 from lrdint_tune.training.metrics import Progress, TensorBoardLogger, Throughput, memory_values
 from lrdint_tune.training.parallelize import parallelize
+from lrdint_tune.training.precision import check_precision_device, describe_precision
 from lrdint_tune.training.results import write_results
 from lrdint_tune.training.trainable import LAMBDA_GROUP, optimizer_groups, parameter_table, set_trainable
 from lrdint_tune.training.weights import initial_method_state, load_weights, materialise
@@ -65,6 +67,7 @@ class Trainer:
 
     def __init__(self, cfg: TrainConfig, world: World) -> None:
         self.cfg, self.world = cfg, world
+        check_precision_device(cfg, world.device)
         torch.manual_seed(cfg.seed)
         self.output_dir = Path(cfg.output_dir)
         self.checkpoint_dir = Path(cfg.checkpointer["checkpoint_dir"])
@@ -107,6 +110,8 @@ class Trainer:
         resume_from, saved = world.on_main(self._find_checkpoint)
         if world.is_main:
             log.info("%s, method %s\n%s", cfg.model["_component_"], self.spec.method, parameter_table(model))
+            for line in describe_precision(model, cfg):
+                log.info(line)
 
         self.model = self._load_model(model)
         self.optimizer = build("optimizer", cfg.optimizer, optimizer_groups(self.model, lam_lr=cfg.lam_lr))
@@ -318,6 +323,8 @@ class Trainer:
                 self.trained, self.cfg.clip_grad_norm, torch.tensor(norm, device=self.world.device)
             )
         self.optimizer.step()
+        if self.cfg.fp8_all_gather:
+            precompute_float8_dynamic_scale_for_fsdp(self.model)  # one all-reduce instead of one for each weight
         self.optimizer.zero_grad(set_to_none=True)
         if self.scheduler is not None:
             self.scheduler.step()
