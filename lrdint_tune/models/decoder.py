@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchtune.modules import TransformerDecoder
 
-from lrdint_tune.adapters import attach_adapters, check_adapters, is_merged
+from lrdint_tune.adapters import TARGETS, attach_adapters, check_adapters, is_merged
 from lrdint_tune.attention import AttentionMethod, DifferentialSelfAttention, Layout
 from lrdint_tune.attention.calibration import calibrate
 from lrdint_tune.attention.layout import MaskType
@@ -121,6 +121,14 @@ class LlamaDecoder(TransformerDecoder):
         """The output head's weight ``[vocab, D]``, the embeddings' own when they are tied."""
         head = self.output if isinstance(self.output, nn.Linear) else self.tok_embeddings
         return whole(head.weight)
+
+    def base_linears(self) -> dict[str, nn.Linear]:
+        """The pretrained linear layers of the blocks, name -> module: none of a method or an adapter, not the head."""
+        return {
+            f"layers.{i}.{path}": cast(nn.Linear, layer.get_submodule(path))
+            for i, layer in enumerate(self.layers)
+            for path in TARGETS.values()
+        }
 
     def attention(self, layer: int) -> DifferentialSelfAttention:
         return cast(DifferentialSelfAttention, cast(Any, self.layers[layer]).attn)

@@ -18,7 +18,8 @@ from lrdint_tune.models.decoder import LlamaDecoder
 from lrdint_tune.training.config import RunConfig, Section, TrainConfig
 from lrdint_tune.training.data import BatchLoader, main_process_first
 from lrdint_tune.training.metrics import TensorBoardLogger
-from lrdint_tune.training.world import World
+from lrdint_tune.training.precision import convert_to_fp8
+from lrdint_tune.training.world import World, resolve_device
 
 
 def build(key: str, section: Section, *args: Any, **kwargs: Any) -> Any:
@@ -79,6 +80,12 @@ def build_model(cfg: TrainConfig, *, total_steps: int | None = None) -> LlamaDec
             f"model._component_={section['_component_']!r}: does not build a lrdint_tune model; use one of "
             "lrdint_tune.models"
         )
+    if cfg.fp8 != "none":
+        if adapters := model.spec.adapters:  # on layers that the conversion replaces
+            with torch.device("meta"):
+                model = build("model", {**section, "adapters": None})
+        convert_to_fp8(model, cfg.fp8, all_gather=cfg.fp8_all_gather, emulate=resolve_device(cfg.device).type == "cpu")
+        model.attach_adapters(adapters)
     if cfg.max_seq_len > model.spec.max_seq_len:
         raise ConfigError(f"max_seq_len={cfg.max_seq_len}: the model's limit is {model.spec.max_seq_len}; lower it")
     return model

@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lrdint_tune.errors import ConfigError
 from lrdint_tune.training.memory import check_memory
+from lrdint_tune.training.precision import FP8_RECIPES, check_precision_keys
 from lrdint_tune.training.profiling import check_profiler
 from lrdint_tune.training.trainable import TRAINABLE_GROUPS
 
@@ -119,6 +120,9 @@ class TrainConfig(RunConfig):
     fsdp_cpu_offload: bool = False
     fsdp_reshard_after_forward: bool = True
     optimizer_in_bwd: bool = False
+    fp8: str = "none"
+    fp8_all_gather: bool = False
+    quantize_base: str = "none"
     # Checkpoints and records
     save_every_n_steps: int | None = None
     keep_last_n_checkpoints: int = 2
@@ -131,6 +135,8 @@ class TrainConfig(RunConfig):
         check_choice("dtype", self.dtype, ("bf16", "fp32"), hint="fp16 is not supported: its range needs loss scaling")
         super().__post_init__()
         check_choice("ac_mode", self.ac_mode, ("full", "selective"))
+        check_choice("fp8", self.fp8, FP8_RECIPES)
+        check_choice("quantize_base", self.quantize_base, ("none", "nf4"))
         self._at_least_one(
             "save_every_n_steps",
             "keep_last_n_checkpoints",
@@ -151,6 +157,7 @@ class TrainConfig(RunConfig):
             )
         for group in self.trainable:
             check_choice("trainable", group, self.groups)
+        check_precision_keys(self)
         if self.run_val_every_n_steps and self.dataset_val is None:
             raise ConfigError(
                 f"run_val_every_n_steps={self.run_val_every_n_steps}: there is no dataset_val; add that section"

@@ -7,8 +7,9 @@ from lrdint_tune.errors import ConfigError
 from lrdint_tune.models.decoder import LlamaDecoder
 from lrdint_tune.training.activations import checkpoint_activations
 from lrdint_tune.training.config import TrainConfig
+from lrdint_tune.training.nf4 import quantize_base
 from lrdint_tune.training.offloading import offload_activations
-from lrdint_tune.training.precision import set_precision
+from lrdint_tune.training.precision import check_fp8_shards, set_precision
 from lrdint_tune.training.sharding import shard_model
 from lrdint_tune.training.tensor_parallel import apply_tensor_parallel, check_tensor_parallel
 from lrdint_tune.training.world import World
@@ -21,6 +22,7 @@ def check_parallel(model: LlamaDecoder, cfg: TrainConfig) -> None:
         ConfigError: it cannot; the message names what stands in the way.
     """
     check_tensor_parallel(model, cfg.tensor_parallel_dim)
+    check_fp8_shards(model, cfg.tensor_parallel_dim)
     if cfg.context_parallel_dim > 1:
         for method in model.methods():
             if method.context_parallel_refusal is not None:
@@ -30,6 +32,8 @@ def check_parallel(model: LlamaDecoder, cfg: TrainConfig) -> None:
 def parallelize(model: LlamaDecoder, cfg: TrainConfig, world: World) -> None:
     """Make ``model`` (meta device, ``requires_grad`` set) the part of it that this rank trains, without memory."""
     set_precision(model, cfg.dtype)
+    if cfg.quantize_base == "nf4":
+        quantize_base(model, world.mesh["shard"].size())
     model.sequence_shard = world.context
     if world.tensor_size > 1:
         apply_tensor_parallel(model, world.mesh["tensor"])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from lrdint_tune.models.decoder import LlamaDecoder
+from lrdint_tune.training.nf4 import nf4_parameters
 
 
 def shard_model(
@@ -34,8 +37,11 @@ def shard_model(
     offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
     # A replicate dimension of 1 would only add an all-reduce with nobody.
     mesh = mesh["replicate", "shard"] if mesh.size(0) > 1 else mesh["shard"]
-    # With one shard there is nothing to free between forward and backward.
-    reshard = reshard_after_forward and mesh.size(-1) > 1
+    shards = mesh.size(-1)
+    # torch 2.13 takes an NF4 weight, which is three tensors, only where it gathers; one shard is whole anyway.
+    whole = nf4_parameters(model) if shards == 1 else set()
+    options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "offload_policy": offload, "ignored_params": whole}
     for layer in model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard)
-    fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=False)
+        # With one shard there is nothing to free between forward and backward.
+        fully_shard(layer, reshard_after_forward=reshard_after_forward and shards > 1, **options)
+    fully_shard(model, reshard_after_forward=False, **options)

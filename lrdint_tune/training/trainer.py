@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.profiler import record_function
+from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
 
 from lrdint_tune.attention import DocumentMask
 from lrdint_tune.errors import ConfigError
@@ -42,6 +43,7 @@ from lrdint_tune.training.memory import check_device, check_passes
 from lrdint_tune.training.metrics import Progress, TensorBoardLogger, Throughput, memory_values
 from lrdint_tune.training.nonfinite import rows_of, stop_for_nonfinite
 from lrdint_tune.training.parallelize import check_parallel, parallelize
+from lrdint_tune.training.precision import check_precision_device, describe_precision
 from lrdint_tune.training.profiling import ProfilerWindow
 from lrdint_tune.training.results import write_results
 from lrdint_tune.training.schedule import learning_rates, restore_schedule, schedule_state
@@ -68,6 +70,7 @@ class Trainer:
 
     def __init__(self, cfg: TrainConfig, world: World) -> None:
         self.cfg, self.world = cfg, world
+        check_precision_device(cfg, world.device)
         torch.manual_seed(cfg.seed)
         self.output_dir = Path(cfg.output_dir)
         self.checkpoint_dir = Path(cfg.checkpointer["checkpoint_dir"])
@@ -114,6 +117,8 @@ class Trainer:
         resume_from, saved = world.on_main(self._find_checkpoint)
         if world.is_main:
             log.info("%s, method %s\n%s", cfg.model["_component_"], self.spec.method, parameter_table(model))
+            for line in describe_precision(model, cfg):
+                log.info(line)
 
         self.model = self._load_model(model)
         self.optimizer = build("optimizer", cfg.optimizer, optimizer_groups(self.model, lam_lr=cfg.lam_lr))
@@ -327,6 +332,8 @@ class Trainer:
             if not self.spec.is_stock:
                 values |= self.updates.adapter_norms()
         self.updates.finish(norm)
+        if self.cfg.fp8_all_gather:
+            precompute_float8_dynamic_scale_for_fsdp(self.model)  # one all-reduce instead of one for each weight
         if self.scheduler is not None:
             self.scheduler.step()
         self.step += 1

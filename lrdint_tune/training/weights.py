@@ -13,6 +13,7 @@ from lrdint_tune.adapters import Adapter, named_adapters
 from lrdint_tune.attention import AttentionMethod
 from lrdint_tune.errors import ConfigError
 from lrdint_tune.models.decoder import LlamaDecoder
+from lrdint_tune.training.nf4 import dequantised, fill_nf4, is_nf4
 
 
 def initial_method_state(model: LlamaDecoder, seed: int) -> dict[str, Tensor]:
@@ -81,6 +82,9 @@ def copy_into(name: str, target: Tensor, tensor: Tensor) -> None:
             f"weights: {name} has shape {list(tensor.shape)}, the model needs {list(target.shape)}; check "
             "model._component_"
         )
+    if is_nf4(target):
+        fill_nf4(target, tensor)
+        return
     if isinstance(target, DTensor):
         local = tensor.to(device=target.device, dtype=target.dtype)
         # src_data_rank=None: every rank holds the same full tensor, so each slices its own shard without communication.
@@ -89,7 +93,9 @@ def copy_into(name: str, target: Tensor, tensor: Tensor) -> None:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The whole tensor on the CPU, detached; a collective when it is sharded, so every rank must call it."""
+    """The whole tensor on the CPU, detached, NF4 dequantised; a collective when it is sharded, so every rank must call
+    it."""
+    tensor = dequantised(tensor)
     if isinstance(tensor, DTensor):
         tensor = tensor.full_tensor()
     return tensor.detach().cpu()

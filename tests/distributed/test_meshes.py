@@ -173,6 +173,23 @@ def test_what_context_parallelism_sends(run: Path) -> None:
         assert max(sent["all_reduce"]) < stream
 
 
+@pytest.mark.parametrize("dims", [TENSOR, CONTEXT], ids=["tensor", "context"])
+def test_fp8(run: Path, dims: dict[str, int]) -> None:
+    """Scales are those of the parts, so the rounding differs; the loss hardly does."""
+    changes = {**_model("dint"), "fp8": "tensorwise", "dtype": "bf16"}
+    (expected, *_), *_ = run_ranks(losses, 1, run, changes, 1)
+    for found, *_ in run_ranks(losses, 2, run, {**changes, **dims}, 1):
+        assert found == pytest.approx(expected, rel=5e-3)
+
+
+@pytest.mark.parametrize("dims", [TENSOR, CONTEXT], ids=["tensor", "context"])
+def test_optimizer_in_backward(run: Path, dims: dict[str, int]) -> None:
+    changes = {**_model("dint"), "batch_size": 4, **dims}
+    expected = run_ranks(losses, 2, run, changes, 3)
+    found = run_ranks(losses, 2, run, {**changes, "optimizer_in_bwd": True}, 3)
+    assert found == expected
+
+
 REFUSED = {
     "heads": (3, {"method": "dint"}, "tensor_parallel_dim=3: does not divide the model's num_heads of 4"),
     "key heads": (4, {"method": "dint"}, "tensor_parallel_dim=4: does not divide the model's num_kv_heads of 2"),

@@ -14,8 +14,8 @@ from lrdint_tune.models.loss import IGNORE_INDEX
 from lrdint_tune.training.data.datasets import TokenisedDataset
 from lrdint_tune.training.data.packing import IntArray, PackPlan, pack_plan
 
-# Width of an unpacked batch is a multiple of this: tensor cores want it, and there are fewer distinct shapes.
-_WIDTH_MULTIPLE = 8
+# Width of an unpacked batch is a multiple of this: fp8 products want it, and there are fewer distinct shapes.
+_WIDTH_MULTIPLE = 16
 
 _SAME_DATA = ("rows", "tokens", "digest")
 
@@ -65,7 +65,7 @@ class BatchLoader:
 
     Args:
         packed: True: N = ``max_seq_len``, filled with as many documents as fit. False: one row per sequence, N = the
-            longest row of the batch rounded up to a multiple of 8 (at most ``max_seq_len``).
+            longest row of the batch rounded up to a multiple of 16 (at most ``max_seq_len``).
         drop_last: True (training): packs that do not fill a global batch are left out of the epoch. False
             (validation): all packs are used; the last micro-batch is filled up with sequences of padding and no
             labels, so that every rank does the same number of forwards.

@@ -117,14 +117,18 @@ def test_row_ids_are_rows_of_the_source(build: Build) -> None:
 
 
 def test_width_of_unpacked_batches(build: Build) -> None:
-    dataset = build([("a", "b" * n) for n in (1, 6, 12)])  # 4, 9 and 15 tokens
-    options: dict[str, Any] = {"packed": False, "shuffle": False}
+    dataset = build([("a", "b" * n) for n in (1, 6, 20)])  # 4, 9 and 23 tokens
+    options: dict[str, Any] = {"packed": False, "shuffle": False, "max_seq_len": 64}
     widths = [batch.tokens.shape[1] for batch in loader(dataset, **options).epoch_batches()]
-    assert widths == [8, 16, 16]
+    assert widths == [16, 16, 32]
     batch = loader(dataset, batch_size=3, **options).next_batch()
-    assert batch.lengths == [[4, 12], [9, 7], [15, 1]]
+    assert batch.lengths == [[4, 28], [9, 23], [23, 9]]
     # Not beyond max_seq_len, where RoPE tables and the model end.
-    assert loader(dataset, batch_size=3, max_seq_len=15, **options).next_batch().lengths == [[4, 11], [9, 6], [15]]
+    assert loader(dataset, batch_size=3, **{**options, "max_seq_len": 23}).next_batch().lengths == [
+        [4, 19],
+        [9, 14],
+        [23],
+    ]
 
 
 # ---------------------------------------------------------------- ranks and epochs
@@ -175,7 +179,7 @@ def test_validation_uses_every_row_once_and_all_ranks_do_as_many_forwards(data: 
     assert sum(batch.num_input_tokens for batch in batches) == data.num_tokens
     filler = ranks[3][-1]
     assert filler.row_ids == [] and (filler.labels == -100).all() and (filler.tokens == PAD).all()
-    assert filler.lengths == [[24 if packed else 8]] * 3
+    assert filler.lengths == [[24 if packed else 16]] * 3
     assert loader(data, **options).steps_per_epoch(12) == len(ranks[0])
 
 
