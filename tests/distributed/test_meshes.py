@@ -14,7 +14,7 @@ from lrdint_tune.models import llama3_2
 from lrdint_tune.training.components import build_model
 from lrdint_tune.training.parallelize import check_parallel
 from lrdint_tune.training.tensor_parallel import check_tensor_parallel
-from tests.common.tiny_run import SIZES, write_run
+from tests.common.tiny_run import SIZES, write_model, write_run
 from tests.distributed.harness import run_ranks
 from tests.distributed.steps import (
     assert_same_step,
@@ -174,12 +174,20 @@ def test_what_context_parallelism_sends(run: Path) -> None:
 
 
 @pytest.mark.parametrize("dims", [TENSOR, CONTEXT], ids=["tensor", "context"])
-def test_fp8(run: Path, dims: dict[str, int]) -> None:
+def test_fp8(tmp_path: Path, dims: dict[str, int]) -> None:
     """Scales are those of the parts, so the rounding differs; the loss hardly does."""
-    changes = {**_model("dint"), "fp8": "tensorwise", "dtype": "bf16"}
-    (expected, *_), *_ = run_ranks(losses, 1, run, changes, 1)
-    for found, *_ in run_ranks(losses, 2, run, {**changes, **dims}, 1):
+    write_model(tmp_path / "model", embed_dim=64)
+    run = write_run(tmp_path, model__embed_dim=64)
+    changes = {"fp8": "tensorwise", "dtype": "bf16", "model.lam_init": 0.3}
+    ((expected,),) = run_ranks(losses, 1, run, changes, 1)
+    for (found,) in run_ranks(losses, 2, run, {**changes, **dims}, 1):
         assert found == pytest.approx(expected, rel=5e-3)
+
+
+def test_fp8_parts_that_are_too_small_are_refused(run: Path) -> None:
+    cfg = read_config(run, {**_model("dint"), **TENSOR, "fp8": "tensorwise"})
+    with pytest.raises(ConfigError, match=r"tensor_parallel_dim=2: leaves parts of layers.0.attn.k_proj \[16, 32\]"):
+        check_parallel(build_model(cfg), cfg)
 
 
 @pytest.mark.parametrize("dims", [TENSOR, CONTEXT], ids=["tensor", "context"])
