@@ -162,7 +162,18 @@ def test_the_curve_has_the_standard_tags(finished: Path) -> None:
         "grad_norm",
         "throughput(tps)",
         "tflops",
+        "tflops_causal",
         "lambda_mean/layers.0",
         "o2_o1_ratio/layers.1",
         "adapter_grad_norm/layers.1",
     } <= tags
+    assert "mfu(%)" not in tags, "nobody knows this device's peak"
+
+
+def test_mfu_against_a_given_peak(config: Path, tmp_path: Path) -> None:
+    finished_run(config, f"output_dir={tmp_path}", "peak_tflops=0.5", "epochs=1", "max_steps_per_epoch=2")
+    tflops, causal, mfu = (values(tmp_path, tag) for tag in ("tflops", "tflops_causal", "mfu(%)"))
+    assert list(mfu) == [1, 2]
+    for step in mfu:
+        assert mfu[step] == pytest.approx(200 * tflops[step])
+        assert 0.5 * tflops[step] < causal[step] < tflops[step]

@@ -5,7 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torchao.optim import AdamW8bit
 
 from lrdint_tune.errors import ConfigError
 from lrdint_tune.training.checkpoint import CheckpointManager, check_same_run
@@ -136,6 +140,70 @@ def _round_trip(folder: Path, cls: str, options: dict[str, Any]) -> None:
 def test_round_trip(tmp_path: Path, cls: str, options: dict[str, Any]) -> None:
     """Parameters, optimizer state of any kind, and the random numbers drawn afterwards."""
     run_ranks(_round_trip, 1, tmp_path, cls, options)
+
+
+@pytest.mark.parametrize("options", [{}, {"foreach": True, "capturable": False}], ids=str)
+def test_loading_makes_no_step(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Room for the state is made by the optimizer; neither frozen nor trained parameters nor rates move by it, and
+    who had no state has none."""
+    assert run_ranks(_load_into_other_rates, 1, tmp_path, options) == ["kept"]
+
+
+def _load_into_other_rates(folder: Path, options: dict[str, Any]) -> str:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, **options)
+    model.get_parameter("1.weight").grad = torch.ones(1, 4)
+    optimizer.step()
+    optimizer.zero_grad()
+    path = manager(folder).save(1, model, optimizer, {})
+    saved = {name: p.clone() for name, p in model.named_parameters()}
+    other = torch.optim.AdamW(model.parameters(), lr=0.7, weight_decay=0.5, **options)
+    manager(folder).load(path, model, other)
+    assert all(torch.equal(p, saved[name]) for name, p in model.named_parameters())
+    assert other.param_groups[0]["lr"] == 0.7
+    assert list(other.state) == [model.get_parameter("1.weight")]
+    for key, value in optimizer.state[model.get_parameter("1.weight")].items():
+        assert torch.equal(other.state[model.get_parameter("1.weight")][key], value)
+    assert all(p.grad is None for p in model.parameters())
+    return "kept"
+
+
+def _sharded_eight_bit(rows: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.compiler.set_stance("force_eager")
+    torch.manual_seed(0)
+    model = nn.Linear(96, rows, bias=False)
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    return model, AdamW8bit(model.parameters(), lr=0.1)
+
+
+def _save_eight_bit(folder: Path, *sizes: int) -> None:
+    for rows in sizes:
+        model, optimizer = _sharded_eight_bit(rows)
+        model(torch.randn(3, 96)).sum().backward()
+        optimizer.step()
+        manager(folder).save(rows, model, optimizer, {})
+
+
+def _load_eight_bit(folder: Path, *sizes: int) -> list[str]:
+    outcomes = []
+    for rows in sizes:
+        model, optimizer = _sharded_eight_bit(rows)
+        try:
+            manager(folder).load(folder / f"step-{rows}", model, optimizer)
+            outcomes.append("loaded")
+        except ConfigError as error:
+            outcomes.append(str(error))
+    return outcomes
+
+
+def test_eight_bit_state_is_cut_between_blocks_only(tmp_path: Path) -> None:
+    """56 rows of 96 are 21 blocks of 256, and half of them are ten and a half. Halves of 64 rows are 12 blocks, though
+    too small to be quantised."""
+    run_ranks(_save_eight_bit, 1, tmp_path, 56, 64)
+    for message, other in run_ranks(_load_eight_bit, 2, tmp_path, 56, 64):
+        assert message.startswith("resume=") and "\n" not in message
+        assert "over 2 processes" in message and "block_size=256" in message and "as many as wrote it" in message
+        assert other == "loaded"
 
 
 def _rng_of_a_new_rank(folder: Path) -> str:

@@ -43,6 +43,15 @@ def test_materialised_model_is_the_model(options: dict[str, Any]) -> None:
         assert torch.equal(model(TOKENS), real(TOKENS))
 
 
+def test_parameters_stay_on_the_cpu_when_fsdp_offloads_them() -> None:
+    """The device here has no memory, so that its tensors can be told apart."""
+    model = tiny_dint("meta", lam="annealed")
+    materialise(model, torch.device("meta"), cpu_offload=True)
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+    assert {buffer.device.type for buffer in model.buffers()} == {"meta"}
+    assert len(list(model.buffers())) > 1
+
+
 def test_bad_weights() -> None:
     model = tiny_dint()
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
