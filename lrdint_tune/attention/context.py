@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 
 from torch import Tensor
 
@@ -12,6 +11,7 @@ from lrdint_tune.attention.cache import AttentionCache
 from lrdint_tune.attention.core import Backend, attend, document_mean, integral
 from lrdint_tune.attention.entropy import mean_row_entropy
 from lrdint_tune.attention.layout import Layout
+from lrdint_tune.attention.lazy import cached_property
 from lrdint_tune.attention.shape import AttentionShape
 from lrdint_tune.attention.static_map import attend_static, static_bias
 

@@ -44,6 +44,14 @@ class Backend(str, Enum):
             ) from None
 
 
+def takes_flex(backend: Backend, layout: Layout, *, biased: bool) -> bool:
+    """Whether FlexAttention serves ``layout``, in a call with or without a bias on the logits."""
+    if backend is not Backend.AUTO:
+        return backend is Backend.FLEX
+    masked = layout.documents is not None or layout.shard is not None
+    return layout.is_block_mask or (masked and layout.device.type == "cuda" and not biased)
+
+
 def attend(
     q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, scale: float, backend: Backend, bias: Tensor | None = None
 ) -> Tensor:
@@ -64,9 +72,7 @@ def attend(
         ``[B, H, N, hd]`` in ``q.dtype``. A row with no allowed key is 0 and passes no gradient.
     """
     if backend is Backend.AUTO:
-        masked_on_cuda = q.is_cuda and (layout.documents is not None or layout.shard is not None)
-        flex = layout.is_block_mask or (masked_on_cuda and bias is None)
-        backend = Backend.FLEX if flex else Backend.SDPA
+        backend = Backend.FLEX if takes_flex(backend, layout, biased=bias is not None) else Backend.SDPA
     out = _KERNELS[backend](q, k, v, layout, scale, bias)
     if layout.valid is not None:
         out = out.masked_fill(~layout.valid[:, None, :, None], 0.0)
@@ -125,7 +131,9 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, bias: T
             f"attention_backend='flex' on device '{q.device.type}': FlexAttention has no backward there; use sdpa or "
             "eager"
         )
-    return _compiled_flex()(q, k, v, block_mask=layout.block_mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    # Within a compiled block it is compiled with it.
+    kernel = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
+    return kernel(q, k, v, block_mask=layout.block_mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
 
 
 @cache

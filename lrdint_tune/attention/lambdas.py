@@ -34,16 +34,17 @@ class LambdaForm(nn.Module, ABC):
         lam_init: ``λ_init``; NaN where the formula has none.
         default_init: the constant if none is given; None where it depends on the layer or there is none.
         sharings: which ``lam_sharing`` the form takes, its default first.
-        last: float32, λ of the last forward before it was rounded to the activations' dtype, for diagnostics.
+        observed: None, or float32 ``[3]`` that each forward fills with λ's mean, minimum and maximum, before it is
+            rounded to the activations' dtype.
     """
 
     name: ClassVar[str]
     default_init: ClassVar[float | None] = None
     sharings: ClassVar[tuple[str, ...]] = ("head", "layer")
-    last: Tensor
 
     def __init__(self, shape: AttentionShape, count: int, lam_init: float | None) -> None:
         super().__init__()
+        self.observed: Tensor | None = None
         self.shape = shape
         self.count = count
         init = self.default_init if lam_init is None else lam_init
@@ -64,7 +65,9 @@ class LambdaForm(nn.Module, ABC):
         """λ as ``[count, 1, 1]``, or ``[B, count, N, 1]`` where it depends on the token, in ``x.dtype``; ``x`` ``[B, N,
         D]``."""
         lam = self.lam(x)
-        self.last = lam.detach()
+        if self.observed is not None:
+            with torch.no_grad():
+                self.observed.copy_(torch.stack([lam.mean(), lam.min(), lam.max()]))
         # A copy: FSDP2 warns of a module that returns a view of its parameter.
         return lam.to(x.dtype, copy=True)
 

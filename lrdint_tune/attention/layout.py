@@ -7,7 +7,6 @@ answered here, in one place, so that causality, packing and padding hold for all
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.nn.utils.rnn import pad_sequence
 
+from lrdint_tune.attention.lazy import cached_property
 from lrdint_tune.attention.prefix_mean import PrefixMean
 from lrdint_tune.attention.sequence_shard import SequenceShard
 
@@ -91,6 +91,17 @@ class Documents(NamedTuple):
     end: Tensor
 
 
+class LengthGroup(NamedTuple):
+    """``T`` documents of about one length.
+
+    documents: int64 ``[T, 3]``, of each the row of the batch, its first key and the key after its last. positions: how
+    many of a document's positions are looked at.
+    """
+
+    documents: Tensor
+    positions: int
+
+
 class Layout:
     """A mask in normal form, shared by all layers of one forward.
 
@@ -150,6 +161,7 @@ class Layout:
         self._dense: Tensor | None = None  # bool [B or 1, N, M]
         self._block: BlockMask | None = None
         self._prefix_means: dict[torch.dtype, PrefixMean] = {}
+        self.length_groups: dict[int, list[LengthGroup]] = {}  # by the longest group, see static_map.py
 
         rows = (
             mask.batch_size if isinstance(mask, DocumentMask) else mask.shape[0] if isinstance(mask, Tensor) else None
@@ -271,8 +283,7 @@ class Layout:
             first = self._dense.to(torch.uint8).argmax(-1)
         else:  # it begins in this call: the last row that begins one
             first = torch.where(self.document_starts, rows, 0).cummax(1).values
-        last = int(index.max())
-        shape = (index.shape[0], last + 1)
+        shape = (index.shape[0], max(int(index.max()), 1) + 1)  # never 1, which a compiler would take for a constant
         hidden = ~self.counted
         begin = torch.zeros(shape, dtype=torch.int64, device=self.device)
         begin = begin.scatter_reduce(1, index, first.masked_fill(hidden, 0), "amax")
@@ -300,6 +311,32 @@ class Layout:
         assert self.valid is not None
         column = torch.arange(self.num_keys, device=self._dense.device) == 0
         return (self._dense | (~self.valid[..., None] & column))[:, None]
+
+    def prepare(self, dtype: torch.dtype, *, flex: bool, dense: bool) -> None:
+        """Derive all that layers read from here now, as tensors, and forget the lengths of documents.
+
+        For compiled layers: they would break the graph at what depends on the data, and be compiled again for each new
+        set of lengths.
+
+        Args:
+            dtype: of the layers' input.
+            flex: whether the mask goes to FlexAttention.
+            dense: whether the dense mask is read even where a kernel's own causal flag would do.
+        """
+        for name in ("valid", "counted", "document_starts"):
+            getattr(self, name)
+        self.prefix_mean(torch.promote_types(dtype, torch.float32))
+        _, *limits = self.documents_of_rows
+        if not self.is_plain_causal:  # a number of documents that changes from batch to batch
+            for limit in limits:
+                torch._dynamo.maybe_mark_dynamic(limit, 1)
+        if flex:
+            self._block = self.block_mask
+        elif dense or not self.is_plain_causal:
+            mask = self.dense
+            if self.documents is not None:
+                self._dense = mask[:, 0]
+        self.documents = None
 
     @cached_property
     def block_mask(self) -> BlockMask:

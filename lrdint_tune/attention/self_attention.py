@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lrdint_tune.attention.cache import AttentionCache
 from lrdint_tune.attention.context import AttentionContext, Projections
-from lrdint_tune.attention.core import Backend
+from lrdint_tune.attention.core import Backend, takes_flex
 from lrdint_tune.attention.layout import Layout, MaskType
 from lrdint_tune.attention.methods import AttentionMethod
 from lrdint_tune.attention.shape import AttentionShape
@@ -99,6 +99,14 @@ class DifferentialSelfAttention(nn.Module):
         if self.kv_cache is None:
             raise RuntimeError("there is no KV cache; call setup_cache() first")
         self.kv_cache.reset()
+
+    def prepare(self, layout: Layout, dtype: torch.dtype) -> None:
+        """Make ``layout`` hold, as tensors, what forwards with input of ``dtype`` will read: compiled ones ask no more
+        of it."""
+        self.method.prepare(layout)
+        biased = self.method.biases_logits
+        flex = takes_flex(self.backend, layout, biased=biased)
+        layout.prepare(dtype, flex=flex, dense=biased or self.backend is Backend.EAGER)
 
     def forward(
         self,

@@ -6,25 +6,12 @@ shorter than ``n`` take only the corner of the map that they fill.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from lrdint_tune.attention.layout import Layout
+from lrdint_tune.attention.layout import DocumentMask, Layout, LengthGroup
 
 ALIGNMENTS = ("start", "end")
-
-
-class _Documents(NamedTuple):
-    """``T`` documents of about one length, int64 ``[T]`` each: the row of the batch, the key at the map's position 0,
-    the key after the last; and how many positions are looked at."""
-
-    batch: Tensor
-    begin: Tensor
-    end: Tensor
-    positions: int
 
 
 def attend_static(
@@ -54,14 +41,16 @@ def attend_static(
         maps = maps.masked_fill(future, float("-inf")).softmax(-1) if softmax else maps.masked_fill(future, 0.0)
     by_key = v.transpose(1, 2)  # [B, M, K, hd]
     out = v.new_zeros(b, layout.num_queries, num_heads, v.shape[-1])
-    for batch, begin, end, positions in _groups(layout, b, n, alignment):
+    for documents, positions in length_groups(layout, b, n):
+        batch, first, end = documents.unbind(1)  # [T]
+        begin = _aligned(first, end, n, alignment)
         keys = begin[:, None] + torch.arange(positions, device=v.device)  # [T, positions]
         held = keys < end[:, None]
         values = by_key[batch[:, None], keys.clamp(max=m - 1)].masked_fill(~held[..., None, None], 0.0)
         values = values.repeat_interleave(num_heads // kv_heads, dim=2)  # [T, positions, H, hd]
         corner = maps[:, :positions, :positions]
         rows = keys - layout.offset
-        if len(batch) == b and layout.num_queries < positions:  # decoding: one document a sequence, few of its rows
+        if layout.num_queries < positions and len(batch) == b:  # decoding: one document a sequence, few of its rows
             rows, held, corner = _rows_of_call(corner, begin, end, layout)
             products = torch.einsum("thij,tjhe->tihe", _per_head(corner, num_heads).to(v.dtype), values)
         elif softmax and not layout.causal:  # a row sees the whole document, and nothing behind it
@@ -93,27 +82,47 @@ def _rows_of_call(maps: Tensor, begin: Tensor, end: Tensor, layout: Layout) -> t
     return rows, held, maps[:, place.clamp(0, maps.shape[-1] - 1)].transpose(0, 1)
 
 
-def _groups(layout: Layout, batch_size: int, n: int, alignment: str) -> Iterator[_Documents]:
+def length_groups(layout: Layout, batch_size: int, n: int) -> list[LengthGroup]:
     """The documents of the batch, those of about one length together where lengths are known without asking the
-    device: a short document then does not cost ``n`` positions."""
-    if layout.documents is None:
-        documents = layout.documents_of_rows
-        begin = _aligned(documents.begin, documents.end, n, alignment).expand(batch_size, -1)
-        batch = torch.arange(batch_size, device=begin.device)[:, None].expand_as(begin)
-        end = documents.end.expand(batch_size, -1)
-        yield _Documents(batch.flatten(), begin.flatten(), end.flatten(), min(n, layout.num_keys))
-        return
-    groups: dict[int, list[tuple[int, int, int]]] = {}
-    for row, spans in enumerate(layout.documents.spans()):
-        for first, last in spans:
+    device: a short document then does not cost ``n`` positions. Found once for all layers."""
+    if layout.documents is not None and n not in layout.length_groups:
+        layout.length_groups[n] = _group(layout, layout.documents, n, ratio=2)
+    if n in layout.length_groups:
+        return layout.length_groups[n]
+    documents = layout.documents_of_rows
+    begin, end = (limit.expand(batch_size, -1) for limit in documents[1:])
+    batch = torch.arange(batch_size, device=begin.device)[:, None].expand_as(begin)
+    return [LengthGroup(torch.stack([batch, begin, end], dim=-1).flatten(0, 1), min(n, layout.num_keys))]
+
+
+def prepare(layout: Layout, n: int) -> None:
+    """Group the documents for compiled layers, whose code then is the same for every batch: no group is left out, so
+    there are fewer, and none has a size that a compiler would take for a constant."""
+    if layout.documents is not None:
+        layout.length_groups[n] = _group(layout, layout.documents, n, ratio=4, at_least=2)
+        for documents, _ in layout.length_groups[n]:
+            torch._dynamo.maybe_mark_dynamic(documents, 0)
+
+
+def _group(layout: Layout, documents: DocumentMask, n: int, *, ratio: int, at_least: int = 0) -> list[LengthGroup]:
+    """Groups of ``n`` positions, ``n / ratio`` and so on; filled up to ``at_least`` documents with empty ones."""
+    sizes = [min(n, documents.num_tokens)]
+    while sizes[-1] > ratio:
+        sizes.append(-(-sizes[-1] // ratio))
+    groups: dict[int, list[tuple[int, int, int]]] = {positions: [] for positions in sizes}
+    for row, spans in enumerate(documents.spans()):
+        for begin, end in spans:
             # Of a sequence shared by several processes this one may have no row at the map's positions.
-            if last <= layout.offset or first + n <= layout.offset or first >= layout.num_keys:
+            if end <= layout.offset or begin + n <= layout.offset or begin >= layout.num_keys:
                 continue
-            positions = min(n, 1 << (last - first - 1).bit_length())
-            groups.setdefault(positions, []).append((row, first, last))
-    for positions, found in groups.items():
-        batch, begin, end = torch.tensor(found, device=layout.device).T
-        yield _Documents(batch, _aligned(begin, end, n, alignment), end, positions)
+            groups[min((p for p in sizes if p >= end - begin), default=sizes[0])].append((row, begin, end))
+    for found in groups.values():
+        found += [(0, 0, 0)] * (at_least - len(found))
+    return [
+        LengthGroup(torch.tensor(found, device=layout.device), positions)
+        for positions, found in groups.items()
+        if found
+    ]
 
 
 def _aligned(begin: Tensor, end: Tensor, n: int, alignment: str) -> Tensor:

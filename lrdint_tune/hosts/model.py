@@ -112,7 +112,7 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> None:
 def enable_diagnostics(model: nn.Module, enabled: bool = True) -> None:
     """Make the following forwards keep (or no longer keep) the scalars that :func:`diagnostics` returns."""
     for method in methods(model):
-        method.diagnostics = {} if enabled else None
+        method.enable_diagnostics(enabled)
 
 
 def diagnostics(model: nn.Module) -> dict[str, float]:
@@ -120,5 +120,5 @@ def diagnostics(model: nn.Module) -> dict[str, float]:
     return {
         f"{name}/layers.{i}": value.item()
         for i, method in enumerate(methods(model))
-        for name, value in (method.diagnostics or {}).items()
+        for name, value in method.diagnostics().items()
     }

@@ -32,6 +32,7 @@ class LlamaDecoder(TransformerDecoder):
     Attributes:
         sequence_shard: None, or which part of every sequence this process computes (context parallelism).
         tensor_shard: None, or this process among those that share the heads and the MLP (tensor parallelism).
+        layers_are_compiled: whether what the layers read of a mask must be there, as tensors, before they run.
     """
 
     def __init__(self, spec: ModelSpec, **kwargs: Any) -> None:
@@ -39,6 +40,7 @@ class LlamaDecoder(TransformerDecoder):
         self._spec = spec
         self.sequence_shard: SequenceShard | None = None
         self.tensor_shard: TensorShard | None = None
+        self.layers_are_compiled = False
 
     @property
     def spec(self) -> ModelSpec:
@@ -94,6 +96,8 @@ class LlamaDecoder(TransformerDecoder):
         b, n = tokens.shape
         layout = Layout(mask, input_pos, num_queries=n, batch_size=b, offset=offset, device=tokens.device, shard=shard)
         h = self.tok_embeddings(tokens)
+        if self.layers_are_compiled:
+            self.attention(0).prepare(layout, h.dtype)
         hidden = []
         for i, layer in enumerate(self.layers):
             if i in self.output_hidden_states:
@@ -158,7 +162,7 @@ class LlamaDecoder(TransformerDecoder):
     def enable_diagnostics(self, enabled: bool = True) -> None:
         """Make the following forwards keep (or no longer keep) the scalars that :meth:`diagnostics` returns."""
         for method in self.methods():
-            method.diagnostics = {} if enabled else None
+            method.enable_diagnostics(enabled)
 
     def diagnostics(self) -> dict[str, Tensor]:
         """Scalars of the last forward with diagnostics enabled, ``{name}/layers.{i}`` -> 0-dim float32: λ over heads,
@@ -166,7 +170,7 @@ class LlamaDecoder(TransformerDecoder):
         return {
             f"{name}/layers.{i}": value
             for i, method in enumerate(self.methods())
-            for name, value in (method.diagnostics or {}).items()
+            for name, value in method.diagnostics().items()
         }
 
 

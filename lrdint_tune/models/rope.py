@@ -28,6 +28,11 @@ class ComplexRotation:
             ``[B, N, heads, hd]`` in ``x.dtype``, computed in float32 (float64 for float64 ``x``).
         """
         angles = self.cache[: x.shape[1]] if input_pos is None else self.cache[input_pos]
+        if torch.compiler.is_compiling():  # torch's compiler writes no code for complex numbers
+            cos, sin = _at_least_float32(angles).unsqueeze(-3).unbind(-1)  # [N or B N, 1, hd / 2]
+            first, second = _at_least_float32(x).unflatten(-1, (-1, 2)).unbind(-1)
+            turned = first * cos - second * sin, second * cos + first * sin
+            return torch.stack(turned, dim=-1).flatten(-2).to(x.dtype)
         turns = torch.view_as_complex(_at_least_float32(angles)).unsqueeze(-2)  # cos + i sin, [N or B N, 1, hd / 2]
         pairs = torch.view_as_complex(_at_least_float32(x).unflatten(-1, (-1, 2)))
         return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)

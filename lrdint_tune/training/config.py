@@ -116,10 +116,12 @@ class TrainConfig(RunConfig):
     context_parallel_dim: int = 1
     enable_activation_checkpointing: bool = False
     ac_mode: str = "full"
+    ac_option: int | None = None
     enable_activation_offloading: bool = False
     fsdp_cpu_offload: bool = False
     fsdp_reshard_after_forward: bool = True
     optimizer_in_bwd: bool = False
+    compile: bool = False
     fp8: str = "none"
     fp8_all_gather: bool = False
     quantize_base: str = "none"
@@ -134,10 +136,17 @@ class TrainConfig(RunConfig):
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, ("bf16", "fp32"), hint="fp16 is not supported: its range needs loss scaling")
         super().__post_init__()
-        check_choice("ac_mode", self.ac_mode, ("full", "selective"))
         check_choice("fp8", self.fp8, FP8_RECIPES)
         check_choice("quantize_base", self.quantize_base, ("none", "nf4"))
+        check_choice("ac_mode", self.ac_mode, ("full", "every_k", "selective"))
+        if self.ac_mode == "every_k" and self.ac_option is None:
+            raise ConfigError(
+                "ac_option: missing with ac_mode='every_k'; set it to k: every k-th block is checkpointed"
+            )
+        if self.ac_mode != "every_k" and self.ac_option is not None:
+            raise ConfigError(f"ac_option={self.ac_option}: has no effect with ac_mode={self.ac_mode!r}; remove it")
         self._at_least_one(
+            "ac_option",
             "save_every_n_steps",
             "keep_last_n_checkpoints",
             "run_val_every_n_steps",

@@ -16,13 +16,18 @@ def check_memory(cfg: TrainConfig) -> None:
     """What the config alone shows.
 
     Raises:
-        ConfigError: ``enable_activation_offloading`` without activation checkpointing, or ``optimizer_in_bwd`` with
+        ConfigError: ``enable_activation_offloading`` without activation checkpointing of every block, or ``optimizer_in_bwd`` with
             ``clip_grad_norm``.
     """
     if cfg.enable_activation_offloading and not cfg.enable_activation_checkpointing:
         raise ConfigError(
             "enable_activation_offloading=true: without enable_activation_checkpointing every intermediate result "
             "would travel, views of gathered weights too; set enable_activation_checkpointing=true"
+        )
+    if cfg.enable_activation_offloading and cfg.ac_mode == "every_k":
+        raise ConfigError(
+            "enable_activation_offloading=true: with ac_mode='every_k' every intermediate result of the other blocks "
+            "would travel; set ac_mode=full or selective"
         )
     if cfg.optimizer_in_bwd and cfg.clip_grad_norm is not None:
         raise ConfigError(

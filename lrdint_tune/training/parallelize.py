@@ -6,6 +6,7 @@ from __future__ import annotations
 from lrdint_tune.errors import ConfigError
 from lrdint_tune.models.decoder import LlamaDecoder
 from lrdint_tune.training.activations import checkpoint_activations
+from lrdint_tune.training.compilation import compile_blocks
 from lrdint_tune.training.config import TrainConfig
 from lrdint_tune.training.nf4 import quantize_base
 from lrdint_tune.training.offloading import offload_activations
@@ -38,7 +39,9 @@ def parallelize(model: LlamaDecoder, cfg: TrainConfig, world: World) -> None:
     if world.tensor_size > 1:
         apply_tensor_parallel(model, world.mesh["tensor"])
     if cfg.enable_activation_checkpointing:
-        checkpoint_activations(model, cfg.ac_mode)
+        checkpoint_activations(model, cfg.ac_mode, cfg.ac_option)
+    if cfg.compile:
+        compile_blocks(model)
     if cfg.enable_activation_offloading:
         offload_activations(model)
     shard_model(

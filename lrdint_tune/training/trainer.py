@@ -26,6 +26,7 @@ from lrdint_tune.models.hf import check_hf_config, iter_hf_folder, weights_diges
 from lrdint_tune.models.spec import ModelSpec
 from lrdint_tune.training import startup
 from lrdint_tune.training.checkpoint import CheckpointManager, check_same_run
+from lrdint_tune.training.compilation import uncompiled
 from lrdint_tune.training.components import (
     accumulation_steps,
     build,
@@ -169,7 +170,8 @@ class Trainer:
             self._inputs(self.loader, self.loader.next_batch(), mask_padding=True)
             for _ in range(count * self.accumulation)
         )
-        self.model.calibrate(batches, reduce=dist.all_reduce)
+        with uncompiled(self.model):
+            self.model.calibrate(batches, reduce=dist.all_reduce)
         if self.world.is_main:
             log.info("calibrated on the first %d global batches", count)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lrdint_tune.attention.context import AttentionContext
 from lrdint_tune.attention.lambdas import DEFAULT_ANNEAL_STEPS, LAMBDA_FORMS, Annealed, LambdaForm, build_lambda
+from lrdint_tune.attention.layout import Layout
 from lrdint_tune.attention.shape import AttentionShape
 from lrdint_tune.errors import ConfigError
 from lrdint_tune.options import choice
@@ -20,6 +21,7 @@ from lrdint_tune.options import choice
 log = logging.getLogger(__name__)
 
 COMBINATIONS = ("subtract", "add")
+NOT_OBSERVED = -1.0  # no ratio of norms
 
 
 class AttentionMethod(nn.Module, ABC):
@@ -37,7 +39,7 @@ class AttentionMethod(nn.Module, ABC):
         cache_refusal: None, or why there can be no KV cache.
         context_parallel_refusal: None, or why no process can compute its part of a sequence.
         caution: None, or what whoever reads the losses of this variant must know; logged at the start of a run.
-        diagnostics: None, or, when enabled, scalars of the last forward.
+        biases_logits: True for a variant that attends with a bias on the logits.
     """
 
     name: ClassVar[str]
@@ -49,10 +51,11 @@ class AttentionMethod(nn.Module, ABC):
     cache_refusal: str | None = None
     context_parallel_refusal: str | None = None
     caution: str | None = None
+    biases_logits: bool = False
 
     def __init__(self) -> None:
         super().__init__()
-        self.diagnostics: dict[str, Tensor] | None = None
+        self._observed: Tensor | None = None  # float32 [1]
 
     @classmethod
     def leaks_future(cls, options: Mapping[str, Any]) -> bool:
@@ -69,6 +72,10 @@ class AttentionMethod(nn.Module, ABC):
     def forward(self, ctx: AttentionContext) -> Tensor:
         """The attention output before ``output_proj``, ``[B, H, N, hd]``."""
 
+    def prepare(self, layout: Layout) -> None:  # noqa: B027  # most methods need no more than every layout has
+        """Derive from ``layout``, once for all layers of a forward and outside of what is compiled, what
+        :meth:`forward` reads of it and no other method does."""
+
     def reset_parameters(self) -> None:
         """Initialise every new tensor; called again after a meta-device module has been given memory."""
         for child in self.children():
@@ -76,14 +83,16 @@ class AttentionMethod(nn.Module, ABC):
 
     def advance_schedule(self, step: int) -> None:
         """Set the λ schedule to ``step`` optimizer steps done."""
-        for child in self.children():
-            if isinstance(child, LambdaForm):
-                child.advance(step)
+        for form in self._lambda_forms():
+            form.advance(step)
+
+    def _lambda_forms(self) -> list[LambdaForm]:
+        return [child for child in self.children() if isinstance(child, LambdaForm)]
 
     def differs_at_start(self) -> list[str]:
         """Why the first forward is not the pretrained model's, option by option; empty if it is."""
-        forms = [child for child in self.children() if isinstance(child, LambdaForm)]
-        return [f"λ is not 0 at the start with lam={form.name}" for form in forms if not form.starts_at_zero]
+        forms = [form for form in self._lambda_forms() if not form.starts_at_zero]
+        return [f"λ is not 0 at the start with lam={form.name}" for form in forms]
 
     def products_per_token(self, seq_len: int) -> float:
         """Multiplications per token of a forward pass of ``seq_len`` tokens, beyond the pretrained projections and the
@@ -110,15 +119,33 @@ class AttentionMethod(nn.Module, ABC):
         """Act on what was collected."""
         raise RuntimeError(f"method {self.name!r} needs no calibration")
 
-    def observe(self, signal: Tensor, noise: Tensor, lam: Tensor | None = None) -> None:
-        """Keep ``||O2|| / ||O1||`` and λ (mean, min, max over heads) of this forward, if diagnostics are enabled."""
-        if self.diagnostics is None:
-            return
-        with torch.no_grad():
-            self.diagnostics = {"o2_o1_ratio": noise.float().norm() / signal.float().norm()}
-            if lam is not None:
-                lam = lam.float()
-                self.diagnostics |= {"lambda_mean": lam.mean(), "lambda_min": lam.min(), "lambda_max": lam.max()}
+    # Written into tensors that are there before the forward: a compiled or checkpointed block may do that, but not set
+    # attributes.
+
+    def enable_diagnostics(self, enabled: bool = True) -> None:
+        """Make the following forwards keep (or no longer keep) the scalars that :meth:`diagnostics` returns."""
+        device = next((p.device for p in self.parameters()), None)
+        self._observed = torch.full((1,), NOT_OBSERVED, device=device) if enabled else None
+        for form in self._lambda_forms():
+            form.observed = torch.zeros(3, device=device) if enabled else None
+
+    def observe(self, signal: Tensor, noise: Tensor) -> None:
+        """Keep ``||O2|| / ||O1||`` of this forward, if diagnostics are enabled."""
+        if self._observed is not None:
+            with torch.no_grad():
+                self._observed.copy_(noise.float().norm() / signal.float().norm())
+
+    def diagnostics(self) -> dict[str, Tensor]:
+        """Scalars (float32) of the last forward since they were enabled: ``||O2|| / ||O1||`` and λ over heads; empty if
+        there was none that observed any."""
+        if self._observed is None or self._observed.item() == NOT_OBSERVED:
+            return {}
+        values = {"o2_o1_ratio": self._observed[0].clone()}
+        for form in self._lambda_forms():
+            assert form.observed is not None
+            names = ("lambda_mean", "lambda_min", "lambda_max")
+            values |= dict(zip(names, form.observed.clone().unbind(), strict=True))
+        return values
 
 
 class DifferentialMethod(AttentionMethod):
@@ -180,7 +207,7 @@ class DifferentialMethod(AttentionMethod):
 
     def difference(self, o1: Tensor, o2: Tensor, lam: Tensor) -> Tensor:
         """``O1 - λ O2`` (``combine: add``: ``O1 + λ O2``)."""
-        self.observe(o1, o2, self.lam.last)
+        self.observe(o1, o2)
         return torch.addcmul(o1, lam, o2, value=self.sign)
 
 

@@ -70,7 +70,7 @@ class Dint(Diff):
     def forward(self, ctx: AttentionContext) -> Tensor:
         o1, o2 = ctx.attend(ctx.q, ctx.k, ctx.v), self.noise(ctx, ctx.k)
         lam = self.lam(ctx.x)
-        self.observe(o1, o2, self.lam.last)
+        self.observe(o1, o2)
         if self.sign > 0:
             o2 = -o2
         if self.literal:

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from lrdint_tune.attention.context import AttentionContext
+from lrdint_tune.attention.layout import Layout
 from lrdint_tune.attention.methods.base import AttentionMethod, warn_once
 from lrdint_tune.attention.shape import AttentionShape
 from lrdint_tune.attention.static_map import ALIGNMENTS
+from lrdint_tune.attention.static_map import prepare as prepare_static
 from lrdint_tune.errors import ConfigError
 from lrdint_tune.options import choice, flag, number, positive_int
 
@@ -77,6 +79,7 @@ class Lmam(AttentionMethod):
         self.alignment = choice("alignment", alignment, ALIGNMENTS)
         self.with_pe = choice("position", position, POSITIONS) == "pe"
         self.inside_softmax = flag("inside_softmax", inside_softmax)
+        self.biases_logits = self.inside_softmax
         self.softmax_map = flag("softmax_map", softmax_map)
         self.full_rank = flag("full_rank", full_rank)
         if inside_softmax and softmax_map:
@@ -142,6 +145,10 @@ class Lmam(AttentionMethod):
 
     def differs_at_start(self) -> list[str]:
         return ["softmax_map adds a map whose rows sum to 1"] if self.softmax_map else []
+
+    def prepare(self, layout: Layout) -> None:
+        if not self.inside_softmax:
+            prepare_static(layout, self.n)
 
     def forward(self, ctx: AttentionContext) -> Tensor:
         maps = self.maps()
