@@ -23,22 +23,18 @@ def compile_blocks(model: LlamaDecoder) -> None:
     compiled with its checkpoint, or the compiler would not know what to keep.
     """
     for layer in model.layers:
-        layer.forward = torch.compile(layer.forward, fullgraph=True, backend=_BACKEND, recompile_limit=_VARIANTS)
+        layer.forward = torch.compile(  # type: ignore[call-overload]  # its types lack recompile_limit
+            layer.forward, fullgraph=True, backend=_BACKEND, recompile_limit=_VARIANTS
+        )
     model.layers_are_compiled = True
 
 
 @contextmanager
 def uncompiled(model: LlamaDecoder) -> Iterator[None]:
     """Run the blocks as they are: for a few forwards that would need a variant of their own."""
-    compiled = model.layers_are_compiled
-    forwards = [layer.forward for layer in model.layers]
-    if compiled:
-        for layer in model.layers:
-            layer.forward = layer.forward.__wrapped__
-    model.layers_are_compiled = False
+    compiled, model.layers_are_compiled = model.layers_are_compiled, False
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
-        for layer, forward in zip(model.layers, forwards, strict=True):
-            layer.forward = forward
         model.layers_are_compiled = compiled

@@ -16,8 +16,8 @@ def check_memory(cfg: TrainConfig) -> None:
     """What the config alone shows.
 
     Raises:
-        ConfigError: ``enable_activation_offloading`` without activation checkpointing of every block, or ``optimizer_in_bwd`` with
-            ``clip_grad_norm``.
+        ConfigError: ``enable_activation_offloading`` without activation checkpointing of every block, or
+            ``optimizer_in_bwd`` with ``clip_grad_norm``.
     """
     if cfg.enable_activation_offloading and not cfg.enable_activation_checkpointing:
         raise ConfigError(

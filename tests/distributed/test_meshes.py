@@ -14,9 +14,11 @@ from lrdint_tune.models import llama3_2
 from lrdint_tune.training.components import build_model
 from lrdint_tune.training.parallelize import check_parallel
 from lrdint_tune.training.tensor_parallel import check_tensor_parallel
+from tests.common.compiling import skip_inductor
 from tests.common.tiny_run import SIZES, write_model, write_run
 from tests.distributed.harness import run_ranks
 from tests.distributed.steps import (
+    Step,
     assert_same_step,
     losses,
     plain_step,
@@ -69,6 +71,11 @@ MESHES: dict[str, tuple[int, dict[str, int]]] = {
 }
 # A zero at the start: LMAM's first factor, LoRA's first.
 ASLEEP = ("method.a", ".a.weight", "1.down.weight")
+
+
+def compiled_step(file: Path, changes: dict[str, Any], at: int) -> Step:
+    skip_inductor()
+    return trainer_step(file, {**changes, "compile": True}, at)
 
 
 @pytest.fixture(scope="session")
@@ -188,6 +195,17 @@ def test_fp8_parts_that_are_too_small_are_refused(run: Path) -> None:
     cfg = read_config(run, {**_model("dint"), **TENSOR, "fp8": "tensorwise"})
     with pytest.raises(ConfigError, match=r"tensor_parallel_dim=2: leaves parts of layers.0.attn.k_proj \[16, 32\]"):
         check_parallel(build_model(cfg), cfg)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dims", [TENSOR, CONTEXT], ids=["tensor", "context"])
+@pytest.mark.parametrize("options", [METHODS["dint"] | {"method": "dint", "adapters": LORA}, OTHERS["lmam, two maps"]])
+def test_compiled(run: Path, options: dict[str, Any], dims: dict[str, int]) -> None:
+    """The collectives are in the blocks' graphs."""
+    changes = {"model": {**MODEL, **options}}
+    expected = run_ranks(trainer_step, 1, run, changes, 2)[0]
+    for step in run_ranks(compiled_step, 2, run, {**changes, **dims}, 2, timeout=200):
+        assert_same_step(step, expected, asleep=ASLEEP)
 
 
 @pytest.mark.parametrize("dims", [TENSOR, CONTEXT], ids=["tensor", "context"])
