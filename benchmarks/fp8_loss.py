@@ -61,7 +61,7 @@ def differences(found: dict[str, list[float]]) -> dict[str, list[float]]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="a config of the recipe")
+    parser.add_argument("--config", default="configs/quickstart.yaml", help="a config of the recipe")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--fp8", nargs="+", choices=FP8_RECIPES[1:], default=["tensorwise"])
     parser.add_argument("--threads", type=int, help="CPU threads")

@@ -1,13 +1,16 @@
 """fp8 and NF4 through the trainer, with sharded weights and with adapters: steps, checkpoints, results."""
 
+import statistics
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 from torchao.float8.float8_training_tensor import Float8TrainingTensor
 
+from benchmarks import fp8_loss
 from lrdint_tune.export import load_adapter
 from lrdint_tune.models import llama3_2
 from lrdint_tune.models.decoder import is_new_tensor
@@ -162,3 +165,17 @@ def test_weights_gathered_in_fp8(adapted: Path, tmp_path: Path) -> None:
     for losses, types in run_ranks(_gathered_in_fp8, 2, adapted, {**changes, "output_dir": str(tmp_path / "two")}):
         assert types == {Float8TrainingTensor}
         assert losses == pytest.approx(alone, rel=1e-5)
+
+
+def _compared(file: Path, steps: int) -> dict[str, list[float]]:
+    config = {**yaml.safe_load(file.read_text()), "dtype": "bf16", "global_batch_size": 1}
+    return fp8_loss.compare(config, ["tensorwise"], steps)
+
+
+def test_training_in_fp8_follows_bf16(adapted: Path) -> None:
+    """What benchmarks/fp8_loss.py measures on a pretrained model, here on the random one."""
+    found = run_ranks(_compared, 1, adapted, 10)[0]
+    assert found["none"][-1] < found["none"][0]
+    (difference,) = fp8_loss.differences(found).values()
+    assert len(difference) == 10
+    assert 1e-5 < statistics.mean(difference) < 0.05

@@ -124,6 +124,12 @@ CASES = [
         overrides("data_parallel_replicate_dim=2"),
         ["data_parallel_replicate_dim=2", "does not divide"],
     ),
+    (
+        "fp8 that only CUDA gathers",
+        overrides("fp8=tensorwise", "fp8_all_gather=true"),
+        ["fp8_all_gather=true", "CUDA", "fp8_all_gather=false"],
+    ),
+    ("NF4 of what is trained", overrides("quantize_base=nf4"), ["quantize_base='nf4'", "remove attention"]),
     ("fp16", overrides("dtype=fp16"), ["dtype='fp16'", "bf16, fp32"]),
     (
         "head of a tied model",
