@@ -62,6 +62,11 @@ def load(**changes: Any) -> TrainConfig:
         ({"optimizer": {"lr": 1.0}}, ["optimizer", "_component_"]),
         ({"data_parallel_shard_dim": 0}, ["data_parallel_shard_dim=0", "-1"]),
         ({"output_dir": "${missing}"}, ["missing"]),
+        ({"ac_mode": "some"}, ["ac_mode", "some", "full, every_k, selective"]),
+        ({"ac_mode": "every_k"}, ["ac_option", "missing", "every_k"]),
+        ({"ac_mode": "every_k", "ac_option": 0}, ["ac_option=0", "at least 1"]),
+        ({"ac_mode": "selective", "ac_option": 2}, ["ac_option=2", "selective", "no effect"]),
+        ({"compile": "yes"}, ["compile", "yes", "bool"]),
     ],
 )
 def test_bad_values_are_named(changes: dict[str, Any], words: list[str]) -> None:
