@@ -3,10 +3,12 @@ is right."""
 
 from __future__ import annotations
 
+import torch
+
 from lrdint_tune.errors import ConfigError
 from lrdint_tune.models.decoder import LlamaDecoder
 from lrdint_tune.training.activations import checkpoint_activations
-from lrdint_tune.training.compilation import compile_blocks
+from lrdint_tune.training.compilation import check_compiler, compile_blocks
 from lrdint_tune.training.config import TrainConfig
 from lrdint_tune.training.nf4 import quantize_base
 from lrdint_tune.training.offloading import offload_activations
@@ -16,14 +18,16 @@ from lrdint_tune.training.tensor_parallel import apply_tensor_parallel, check_te
 from lrdint_tune.training.world import World
 
 
-def check_parallel(model: LlamaDecoder, cfg: TrainConfig) -> None:
-    """That the model can be spread as the config says.
+def check_parallel(model: LlamaDecoder, cfg: TrainConfig, device: torch.device) -> None:
+    """That the model can be changed as the config says, on ``device``.
 
     Raises:
         ConfigError: it cannot; the message names what stands in the way.
     """
     check_tensor_parallel(model, cfg.tensor_parallel_dim)
     check_fp8_shards(model, cfg.tensor_parallel_dim)
+    if cfg.compile:
+        check_compiler(device.type)
     if cfg.context_parallel_dim > 1:
         for method in model.methods():
             if method.context_parallel_refusal is not None:

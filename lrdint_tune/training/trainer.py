@@ -81,7 +81,7 @@ class Trainer:
         model = build_model(cfg)
         check_hf_config(self.checkpoint_dir, self.file_spec(model.spec))
         tokenizer = build_tokenizer(cfg.tokenizer)
-        check_parallel(model, cfg)
+        check_parallel(model, cfg, world.device)
         self.accumulation = accumulation_steps(cfg, world.data_size)
         check_passes(cfg, self.accumulation, world.data_size)
         self.global_batch = cfg.batch_size * world.data_size * self.accumulation

@@ -48,9 +48,18 @@ def uncompiled(file: Path, size: int) -> Step:
     return run_ranks(trainer_step, size, file, {"model.lam_init": 0.3})[0]
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("size", [1, 2])
-def test_checkpointing(run: Path, mode: str | None, size: int) -> None:
+SLOW = {(2, None), (2, "every_k"), (2, "full")}
+
+
+@pytest.mark.parametrize(
+    ("size", "mode"),
+    [
+        pytest.param(size, mode, marks=[pytest.mark.slow] if (size, mode) in SLOW else [])
+        for size in (1, 2)
+        for mode in MODES
+    ],
+)
+def test_checkpointing(run: Path, size: int, mode: str | None) -> None:
     """Packed batches in four passes a step; the names in the state dict are compared too."""
     changes = {"model.lam_init": 0.3, **checkpointed(mode)}
     for step in run_ranks(compiled_step, size, run, changes):
@@ -61,7 +70,7 @@ def test_checkpointing(run: Path, mode: str | None, size: int) -> None:
     "model",
     [
         pytest.param(method("dex", lam="exponential"), id="dex"),
-        pytest.param(method("lmam", n=256, scale=1.0, softmax_map=True), id="lmam"),
+        pytest.param(method("lmam", n=256, scale=1.0, softmax_map=True), id="lmam", marks=pytest.mark.slow),
     ],
 )
 def test_bf16(run: Path, model: dict[str, Any]) -> None:
@@ -77,3 +86,16 @@ def test_calibration(run: Path) -> None:
     options = {"heads": "top_entropy", "top_k": 1}
     changes = {**method("dex", **options), "calibration_batches": 2, **checkpointed("full")}
     assert run_ranks(compiled_selection, 1, run, changes) == run_ranks(selected_heads, 1, run, changes)
+
+
+def inductor_step(file: Path, changes: dict[str, Any]) -> Step:
+    return trainer_step(file, {**changes, "compile": True})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [method("dint", rank=3, lam_init=0.3), method("lmam", n=256, scale=1.0)], ids=str)
+def test_inductor(run: Path, model: dict[str, Any]) -> None:
+    changes = {**model, **checkpointed("selective")}
+    expected = run_ranks(trainer_step, 2, run, changes)[0]
+    for step in run_ranks(inductor_step, 2, run, changes, timeout=280):
+        assert_same_step(step, expected, loss=1e-5, gradients=1e-3, asleep=("method.a",))

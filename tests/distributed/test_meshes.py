@@ -194,7 +194,7 @@ def test_fp8(tmp_path: Path, dims: dict[str, int]) -> None:
 def test_fp8_parts_that_are_too_small_are_refused(run: Path) -> None:
     cfg = read_config(run, {**_model("dint"), **TENSOR, "fp8": "tensorwise"})
     with pytest.raises(ConfigError, match=r"tensor_parallel_dim=2: leaves parts of layers.0.attn.k_proj \[16, 32\]"):
-        check_parallel(build_model(cfg), cfg)
+        check_parallel(build_model(cfg), cfg, torch.device("cpu"))
 
 
 @pytest.mark.slow
@@ -259,7 +259,7 @@ def test_refused_context_parallelism(run: Path, options: dict[str, Any], message
     cfg = read_config(run, {"model": {**MODEL, **options}, **CONTEXT})
     model = build_model(cfg)
     with pytest.raises(ConfigError, match=re.escape(message)):
-        check_parallel(model, cfg)
+        check_parallel(model, cfg, torch.device("cpu"))
 
 
 def test_a_sequence_that_does_not_divide(run: Path) -> None:

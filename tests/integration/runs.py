@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import signal
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,22 +18,23 @@ from lrdint_tune.training.trainer import Trainer
 from tests.common.tiny_run import read_losses
 from tests.distributed.harness import run_recipe
 
+Prepare = Sequence[Callable[[], None]]
 DECIMALS = 1e-6
 KILLED = -signal.SIGKILL
 # 8 steps in two epochs of 4.
 SHORT: dict[str, Any] = {"max_steps_per_epoch": 4, "global_batch_size": 2, "dataset_val__num_rows": 4}
 
 
-def killed(config: Path, *overrides: str, step: int, size: int = 1, rank: int = 0) -> None:
+def killed(config: Path, *overrides: str, step: int, size: int = 1, rank: int = 0, prepare: Prepare = ()) -> None:
     """Run until ``rank`` dies after ``step`` steps."""
-    outcome = run_recipe(config, *overrides, size=size, prepare=[partial(kill_at, step, rank)])
+    outcome = run_recipe(config, *overrides, size=size, prepare=[*prepare, partial(kill_at, step, rank)])
     assert outcome.codes[rank] == KILLED, outcome.outputs
     assert all(outcome.codes), "the other ranks must not report success"
 
 
-def finished_run(config: Path, *overrides: str, size: int = 1) -> None:
+def finished_run(config: Path, *overrides: str, size: int = 1, prepare: Prepare = ()) -> None:
     """Run to the end."""
-    outcome = run_recipe(config, *overrides, size=size)
+    outcome = run_recipe(config, *overrides, size=size, prepare=prepare)
     assert outcome.codes == [0] * size, outcome.outputs
 
 

@@ -9,6 +9,7 @@ import torch
 
 from lrdint_tune.attention import METHODS, DocumentMask
 from lrdint_tune.models import LlamaDecoder
+from tests.common.compiling import skip_inductor
 from tests.common.models import TINY, tiny_model, wake
 from tests.common.tiny_run import SIZES, write_run
 from tests.distributed.harness import run_recipe
@@ -64,8 +65,10 @@ def test_masks_documents_and_caches_hold(model: LlamaDecoder) -> None:
     torch.testing.assert_close(torch.cat(pieces, dim=1), full, rtol=1e-4, atol=1e-5)
 
 
-def test_trains_saves_and_exports(model: LlamaDecoder, tmp_path: Path) -> None:
+@pytest.mark.parametrize("compiled", ["false", "true"])
+def test_trains_saves_and_exports(model: LlamaDecoder, tmp_path: Path, compiled: str) -> None:
     config = write_run(tmp_path, model={"_component_": "lrdint_tune.models.llama3_2", **SIZES, "method": "temper"})
-    outcome = run_recipe(config, "max_steps_per_epoch=2", "epochs=1", prepare=[register])
+    overrides = ("max_steps_per_epoch=2", "epochs=1", f"compile={compiled}")
+    outcome = run_recipe(config, *overrides, prepare=[register, skip_inductor])
     assert outcome.codes == [0], outcome.outputs
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()

@@ -1,10 +1,13 @@
 """A killed run, started again with the same command, is the uninterrupted run."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 
+from tests.common.compiling import skip_inductor
 from tests.common.tiny_run import read_losses, write_model, write_run
 from tests.distributed.harness import run_recipe
 from tests.integration.runs import SHORT, assert_same_losses, checkpoints, finished_run, killed, tensorboard, values
@@ -45,6 +48,27 @@ def test_resume_with_adapters(config: Path, tmp_path: Path) -> None:
     killed(config, f"output_dir={tmp_path / 'cut'}", *few, step=3)
     finished_run(config, f"output_dir={tmp_path / 'cut'}", *few)
     assert_same_losses(tmp_path / "cut", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_resume_of_a_compiled_run(config: Path, finished: Path, tmp_path: Path) -> None:
+    """Checkpoints and exports know nothing of it: a run may begin compiled and go on otherwise."""
+    few = ("compile=true", "enable_activation_checkpointing=true", "ac_mode=selective", "epochs=1")
+    finished_run(config, f"output_dir={tmp_path / 'whole'}", *few, prepare=[skip_inductor])
+    losses = read_losses(finished)
+    assert read_losses(tmp_path / "whole") == pytest.approx({step: losses[step] for step in (1, 2, 3, 4)}, abs=1e-4)
+    tags = tensorboard(tmp_path / "whole").keys()
+    assert {"lambda_mean/layers.1", "o2_o1_ratio/layers.0"} <= tags == tensorboard(finished).keys()
+    killed(config, f"output_dir={tmp_path / 'cut'}", *few, step=3, prepare=[skip_inductor])
+    shutil.copytree(tmp_path / "cut", tmp_path / "other")
+    finished_run(config, f"output_dir={tmp_path / 'cut'}", *few, prepare=[skip_inductor])
+    assert_same_losses(tmp_path / "cut", tmp_path / "whole")
+    finished_run(config, f"output_dir={tmp_path / 'other'}", "epochs=1")
+    assert read_losses(tmp_path / "other") == pytest.approx(read_losses(tmp_path / "whole"), abs=1e-4)
+    for folder in ("adapter", "hf"):
+        for file in (tmp_path / "whole" / folder).glob("*.safetensors"):
+            with safe_open(file, "pt") as got, safe_open(finished / folder / file.name, "pt") as want:
+                assert set(got.keys()) == set(want.keys()) != set()
 
 
 def test_resume_when_a_line_was_half_written(config: Path, finished: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from lrdint_tune.errors import ConfigError
 from lrdint_tune.models import llama3_2
 from lrdint_tune.training.activations import checkpoint_activations
 from tests.common.tiny_run import SIZES, tiny_dint
@@ -64,3 +65,20 @@ def test_selective_gradients_are_the_same_bits(options: dict[str, Any]) -> None:
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     for other in gradients[1:]:
         assert [name for name, g in gradients[0].items() if not torch.equal(g, other[name])] == []
+
+
+@pytest.mark.parametrize(("every", "recomputed"), [(1, [0, 1, 2, 3, 4]), (2, [1, 3]), (3, [2]), (5, [4])])
+def test_every_kth_block_is_checkpointed(every: int, recomputed: list[int]) -> None:
+    model = tiny_dint(num_layers=5)
+    runs = [0] * 5
+    for i, layer in enumerate(model.layers):
+        layer.sa_norm.register_forward_hook(lambda *_, i=i: runs.__setitem__(i, runs[i] + 1))
+    checkpoint_activations(model, "every_k", every)
+    model(TOKENS, labels=TOKENS).backward()
+    assert [i for i, count in enumerate(runs) if count == 2] == recomputed
+    assert set(runs) <= {1, 2}
+
+
+def test_more_than_the_blocks_is_refused() -> None:
+    with pytest.raises(ConfigError, match="ac_option=3: the model has 2 blocks"):
+        checkpoint_activations(tiny_dint(), "every_k", 3)

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from lrdint_tune.attention import DocumentMask
+from lrdint_tune.errors import ConfigError
 from lrdint_tune.models import LlamaDecoder
+from lrdint_tune.training import compilation
 from lrdint_tune.training.activations import checkpoint_activations
-from lrdint_tune.training.compilation import compile_blocks, uncompiled
+from lrdint_tune.training.compilation import check_compiler, compile_blocks, uncompiled
 from tests.common.adapters import ALL, wake_adapters
 from tests.common.cases import CASES, MethodCase
 from tests.common.compiling import Graphs, without_inductor
@@ -223,6 +225,18 @@ def test_calibration_runs_uncompiled(graphs: Graphs) -> None:
     ]
     assert_same(step(model, batch()), step(eager, batch()), "after calibration")
     assert graphs.count == 1
+
+
+def test_no_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+    with pytest.raises(ConfigError, match=r"compile=true: .* C\+\+ compiler"):
+        check_compiler("cpu")
+
+
+def test_no_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compilation, "has_triton", lambda: False)
+    with pytest.raises(ConfigError, match="compile=true: .* triton"):
+        check_compiler("cuda")
 
 
 @pytest.mark.slow

@@ -79,6 +79,11 @@ def load(**changes: Any) -> TrainConfig:
         ({"profiler": {"cuda": 1}}, ["profiler.cuda=1", "true or false"]),
         ({"profiler": {"output_dir": 3}}, ["profiler.output_dir=3", "path"]),
         ({"profiler": {"cpu": False, "cuda": False}}, ["profiler.cpu=false", "nothing is recorded"]),
+        ({"ac_mode": "some"}, ["ac_mode", "some", "full, every_k, selective"]),
+        ({"ac_mode": "every_k"}, ["ac_option", "missing", "every_k"]),
+        ({"ac_mode": "every_k", "ac_option": 0}, ["ac_option=0", "at least 1"]),
+        ({"ac_mode": "selective", "ac_option": 2}, ["ac_option=2", "selective", "no effect"]),
+        ({"compile": "yes"}, ["compile", "yes", "bool"]),
     ],
 )
 def test_bad_values_are_named(changes: dict[str, Any], words: list[str]) -> None:
