@@ -101,18 +101,18 @@ def peak_bytes(case: Case) -> int:
         resting = torch.cuda.memory_allocated(case.x.device)
         case.run()
         return torch.cuda.max_memory_allocated(case.x.device) - resting
-    with _muted_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with muted_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         case.run()
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
     held = peak = 0
-    for _, size in sorted(_allocations(profiler.profiler.kineto_results.experimental_event_tree())):
+    for _, size in sorted(allocations(profiler.profiler.kineto_results.experimental_event_tree())):
         held += size
         peak = max(peak, held)
     return peak
 
 
 @contextmanager
-def _muted_stderr() -> Iterator[None]:
+def muted_stderr() -> Iterator[None]:
     """The profiler's C++ side reports each start and stop in the middle of the table."""
     sys.stderr.flush()
     saved = os.dup(2)
@@ -125,12 +125,12 @@ def _muted_stderr() -> Iterator[None]:
         os.close(saved)
 
 
-def _allocations(events: Iterable) -> Iterable[tuple[int, int]]:
+def allocations(events: Iterable) -> Iterable[tuple[int, int]]:
     """``(time, bytes)`` of every allocation (positive) and release (negative) in the tree."""
     for event in events:
         if event.tag == _EventType.Allocation:
             yield event.start_time_ns, event.extra_fields.alloc_size
-        yield from _allocations(event.children)
+        yield from allocations(event.children)
 
 
 def predicted_listing_bytes(size: Size, scope: str, length: int, dtype: torch.dtype) -> int:

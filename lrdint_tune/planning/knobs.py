@@ -1,0 +1,94 @@
+"""What of a config decides how much memory and time a step takes, in one flat record that a search can vary."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lrdint_tune.errors import ConfigError
+from lrdint_tune.training.components import accumulation_steps
+from lrdint_tune.training.config import TrainConfig
+from lrdint_tune.training.world import mesh_shape
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """A run's settings, resolved against its number of ranks.
+
+    Attributes:
+        replicate, shard, tensor, context: the mesh; their product is the number of ranks. FSDP shards over
+            ``shard x context``.
+        batch_size: sequences of a micro-batch on each data-parallel rank.
+        passes: micro-batches of an optimizer step on each rank.
+        checkpointing: ``none | full | selective | every_k``; ``every`` is that k.
+        optimizer: the config's section.
+    """
+
+    replicate: int
+    shard: int
+    tensor: int
+    context: int
+    batch_size: int
+    passes: int
+    checkpointing: str
+    every: int
+    reshard_after_forward: bool
+    cpu_offload: bool
+    activation_offloading: bool
+    optimizer_in_bwd: bool
+    fp8: bool
+    fp8_all_gather: bool
+    nf4: bool
+    optimizer: Mapping[str, Any]
+
+    @classmethod
+    def from_config(cls, cfg: TrainConfig, world_size: int) -> Knobs:
+        """Raises ConfigError when the mesh or the global batch does not fit ``world_size``."""
+        tensor, context = cfg.tensor_parallel_dim, cfg.context_parallel_dim
+        if world_size % (tensor * context):
+            raise ConfigError(
+                f"tensor_parallel_dim={tensor}: {tensor} (tensor) x {context} (context) = {tensor * context} does not "
+                f"divide world_size={world_size}; change one of them"
+            )
+        data_parallel = world_size // (tensor * context)
+        replicate, shard = mesh_shape(data_parallel, cfg.data_parallel_replicate_dim, cfg.data_parallel_shard_dim)
+        return cls(
+            replicate=replicate,
+            shard=shard,
+            tensor=tensor,
+            context=context,
+            batch_size=cfg.batch_size,
+            passes=accumulation_steps(cfg, data_parallel),
+            checkpointing=cfg.ac_mode if cfg.enable_activation_checkpointing else "none",
+            every=1,
+            reshard_after_forward=True,
+            cpu_offload=False,
+            activation_offloading=False,
+            optimizer_in_bwd=False,
+            fp8=False,
+            fp8_all_gather=False,
+            nf4=False,
+            optimizer=cfg.optimizer,
+        )
+
+    @property
+    def fsdp(self) -> int:
+        """Over how many ranks FSDP shards a parameter."""
+        return self.shard * self.context
+
+    @property
+    def data_parallel(self) -> int:
+        return self.replicate * self.shard
+
+    @property
+    def reshard(self) -> bool:
+        """Whether a block's gathered parameters are freed between forward and backward (with one shard they stay)."""
+        return self.reshard_after_forward and self.fsdp > 1
+
+    def checkpointed(self, layer: int) -> bool:
+        """Whether block ``layer`` is recomputed in the backward pass."""
+        return self.checkpointing != "none" and (self.checkpointing != "every_k" or layer % self.every == 0)
+
+    def num_checkpointed(self, num_layers: int) -> int:
+        return sum(self.checkpointed(layer) for layer in range(num_layers))
