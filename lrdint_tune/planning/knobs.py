@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lrdint_tune.errors import ConfigError
 from lrdint_tune.training.components import accumulation_steps
 from lrdint_tune.training.config import TrainConfig
 from lrdint_tune.training.world import mesh_shape
@@ -45,30 +44,29 @@ class Knobs:
     @classmethod
     def from_config(cls, cfg: TrainConfig, world_size: int) -> Knobs:
         """Raises ConfigError when the mesh or the global batch does not fit ``world_size``."""
-        tensor, context = cfg.tensor_parallel_dim, cfg.context_parallel_dim
-        if world_size % (tensor * context):
-            raise ConfigError(
-                f"tensor_parallel_dim={tensor}: {tensor} (tensor) x {context} (context) = {tensor * context} does not "
-                f"divide world_size={world_size}; change one of them"
-            )
-        data_parallel = world_size // (tensor * context)
-        replicate, shard = mesh_shape(data_parallel, cfg.data_parallel_replicate_dim, cfg.data_parallel_shard_dim)
+        mesh = mesh_shape(
+            world_size,
+            cfg.data_parallel_replicate_dim,
+            cfg.data_parallel_shard_dim,
+            cfg.context_parallel_dim,
+            cfg.tensor_parallel_dim,
+        )
         return cls(
-            replicate=replicate,
-            shard=shard,
-            tensor=tensor,
-            context=context,
+            replicate=mesh.replicate,
+            shard=mesh.shard,
+            tensor=mesh.tensor,
+            context=mesh.context,
             batch_size=cfg.batch_size,
-            passes=accumulation_steps(cfg, data_parallel),
+            passes=accumulation_steps(cfg, mesh.replicate * mesh.shard),
             checkpointing=cfg.ac_mode if cfg.enable_activation_checkpointing else "none",
-            every=1,
-            reshard_after_forward=True,
-            cpu_offload=False,
-            activation_offloading=False,
-            optimizer_in_bwd=False,
-            fp8=False,
-            fp8_all_gather=False,
-            nf4=False,
+            every=cfg.ac_option or 1,
+            reshard_after_forward=cfg.fsdp_reshard_after_forward,
+            cpu_offload=cfg.fsdp_cpu_offload,
+            activation_offloading=cfg.enable_activation_offloading,
+            optimizer_in_bwd=cfg.optimizer_in_bwd,
+            fp8=cfg.fp8 != "none",
+            fp8_all_gather=cfg.fp8_all_gather,
+            nf4=cfg.quantize_base == "nf4",
             optimizer=cfg.optimizer,
         )
 
@@ -88,7 +86,9 @@ class Knobs:
 
     def checkpointed(self, layer: int) -> bool:
         """Whether block ``layer`` is recomputed in the backward pass."""
-        return self.checkpointing != "none" and (self.checkpointing != "every_k" or layer % self.every == 0)
+        return self.checkpointing != "none" and (
+            self.checkpointing != "every_k" or layer % self.every == self.every - 1
+        )
 
     def num_checkpointed(self, num_layers: int) -> int:
         return sum(self.checkpointed(layer) for layer in range(num_layers))

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -22,7 +21,9 @@ from lrdint_tune.planning.knobs import Knobs
 from lrdint_tune.training.components import build_model
 from lrdint_tune.training.config import TrainConfig
 from lrdint_tune.training.parallelize import parallelize
+from lrdint_tune.training.tensor_parallel import check_tensor_parallel
 from lrdint_tune.training.trainable import group_of, optimizer_groups, set_trainable
+from lrdint_tune.training.world import MeshShape, make_world
 
 ROOT = "root"  # the FSDP group of what is in no block
 NF4_BLOCK = 64
@@ -44,16 +45,25 @@ def fake_world(world_size: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def data_mesh(knobs: Knobs) -> DeviceMesh:
-    """``(replicate, shard)``, the mesh that FSDP sees; call it in a :func:`fake_world`."""
-    shape = (knobs.replicate, knobs.fsdp, knobs.tensor)
-    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard", "tensor"))
-    return mesh["replicate", "shard"]
+def plain(cfg: TrainConfig) -> TrainConfig:
+    """The config without what changes modules but no parameter's place: the effect of that is computed."""
+    return dataclasses.replace(
+        cfg,
+        enable_activation_checkpointing=False,
+        enable_activation_offloading=False,
+        ac_mode="full",
+        ac_option=None,
+        compile=False,
+        fp8="none",
+        fp8_all_gather=False,
+        quantize_base="none",
+        fsdp_cpu_offload=False,
+    )
 
 
 def local_config(cfg: TrainConfig, tensor: int, *, num_layers: int | None = None) -> TrainConfig:
     """The config of what one of ``tensor`` tensor-parallel ranks holds: heads and the MLP's width split, embeddings,
-    norms and head whole; activation checkpointing left off. The one place that knows how tensor parallelism splits.
+    norms and head whole. For what a block computes; where parameters lie is the training's own business.
 
     Args:
         num_layers: fewer blocks than the model has, to look at one of them.
@@ -80,7 +90,7 @@ def local_config(cfg: TrainConfig, tensor: int, *, num_layers: int | None = None
         section.pop("top_k", None)  # heads to act on, of all ranks together; it changes no size
     if num_layers is not None:
         section["num_layers"] = num_layers
-    return dataclasses.replace(cfg, model=section, enable_activation_checkpointing=False)
+    return dataclasses.replace(plain(cfg), model=section)
 
 
 def local_model(cfg: TrainConfig, tensor: int, *, num_layers: int | None = None) -> LlamaDecoder:
@@ -138,8 +148,11 @@ def build_skeleton(cfg: TrainConfig, knobs: Knobs) -> Skeleton:
     Raises:
         ConfigError: as those do.
     """
-    model = local_model(cfg, knobs.tensor)
-    parallelize(model, local_config(cfg, knobs.tensor), data_mesh(knobs))
+    model = build_model(plain(cfg))
+    check_tensor_parallel(model, knobs.tensor)
+    set_trainable(model, cfg.trainable)
+    shape = MeshShape(knobs.replicate, knobs.shard, knobs.context, knobs.tensor)
+    parallelize(model, plain(cfg), make_world(torch.device("cpu"), shape))
     compute = 2 if cfg.dtype == "bf16" else 4
     groups: dict[str, Group] = {}
     parts: dict[int, Tensor] = {}
