@@ -95,6 +95,17 @@ def test_tune_run() -> None:
     assert "ESTIMATE for 2 x CPU process" in done.stdout
 
 
+def test_readme_shows_the_output(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every line under the command, and the command as it stands."""
+    text = (ROOT / "README.md").read_text()
+    found = re.search(r"    tune run lrdint_tune/plan --config configs/(\S+) (.*)\n\n((?:    .*\n)+)", text)
+    assert found is not None
+    _, out, _ = run(capsys, monkeypatch, found[1], *found[2].split())
+    lines = [line.rstrip() for line in out.splitlines()]
+    for line in found[3].splitlines():
+        assert line[4:] in lines
+
+
 @pytest.mark.slow
 def test_70b_on_512_in_two_minutes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     begin = time.monotonic()
