@@ -154,6 +154,12 @@ class _Step:
         self.tape.free(GATHERED, self.gather_buffer - keep_buffer)
         self.gather_buffer = keep_buffer
 
+    def _converted(self, group: Group) -> int:
+        """A weight in the format in which it is multiplied, where that is another than the gathered one's."""
+        if self.knobs.nf4:
+            return group.largest
+        return group.largest // 2 if self.knobs.fp8 and not self.knobs.fp8_all_gather else 0
+
     # ------------------------------------------------------------------ passes
 
     def _forward(self) -> None:
@@ -172,7 +178,7 @@ class _Step:
                 continue
             i = int(name.split(".")[1])
             block = self.blocks[i]
-            tape.at("forward pass of a block", activations=block.forward)
+            tape.at("forward pass of a block", activations=block.forward, gathered=self._converted(group))
             self._keep(i)
             if knobs.reshard:
                 tape.free(GATHERED, group.gathered)
@@ -217,6 +223,7 @@ class _Step:
             tape.at(
                 "backward pass of a block",
                 activations=block.backward,
+                gathered=self._converted(group),
                 in_flight=self._new(group, block.gradients),
             )
             tape.hold(ACTIVATIONS, block.inputs)  # its gradient

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from lrdint_tune.attention import Backend, DocumentMask, Layout
+from lrdint_tune.errors import ConfigError
 from lrdint_tune.models.decoder import LlamaDecoder
 from lrdint_tune.models.loss import summed_cross_entropy
 from lrdint_tune.models.spec import ModelSpec
@@ -88,7 +89,17 @@ class _Bench:
         self.cfg, self.spec, self.knobs = cfg, spec, knobs
         self.dtype = compute_dtype(cfg)
         packed = bool(cfg.dataset.get("packed", False))
-        model = self._model()
+        self.models = {False: self._model()}  # by whether blocks are recomputed
+        if knobs.checkpointing != "none":
+            self.models[True] = self._model()
+            mode = "selective" if knobs.checkpointing == "selective" else "full"
+            checkpoint_activations(self.models[True], mode)
+        model = self.models[False]
+        if any(method.needs_document_ends for method in model.methods()):
+            raise ConfigError(
+                f"model.method={spec.method!r}: with these options its maps lie where the documents end, which no plan "
+                "knows; plan with alignment=start"
+            )
         flex = model.attention(0).backend is Backend.FLEX or (model.attention(0).backend is Backend.AUTO and packed)
         self.kernels = Kernels(device, flex=device == "cuda" and flex)
         self.shape = (knobs.batch_size, cfg.max_seq_len // knobs.context)  # [B, N]
@@ -119,10 +130,8 @@ class _Bench:
         return torch.empty(*self.shape, self.spec.embed_dim, dtype=self.dtype, device="meta")
 
     def block(self, index: int, *, recomputed: bool) -> Part:
-        model = self._model()
+        model = self.models[recomputed]
         embeddings_trained = model.tok_embeddings.weight.requires_grad
-        if recomputed:
-            checkpoint_activations(model, "selective" if self.knobs.checkpointing == "selective" else "full")
         layer = model.layers[min(index, len(model.layers) - 1)]
         leaf = self._input().requires_grad_(index > 0 or embeddings_trained)
         part = self._run(model, leaf, lambda x: layer(x, mask=self.layout, input_pos=self.layout.input_pos))
@@ -142,7 +151,7 @@ class _Bench:
         )
 
     def loss(self) -> Part:
-        model = self._model()
+        model = self.models[False]
         labels = torch.empty(self.shape, dtype=torch.int64, device="meta")
         return self._run(
             model,
@@ -151,7 +160,7 @@ class _Bench:
         )
 
     def embedding(self) -> Part:
-        model = self._model()
+        model = self.models[False]
         tokens = torch.empty(self.shape, dtype=torch.int64, device="meta")
         return self._run(model, tokens, model.tok_embeddings)
 
@@ -172,8 +181,9 @@ class _Bench:
             del out
             held.restart()
             torch.autograd.backward([edge], [gradient])
-            gradients = held.gradients_at_peak
-            return Part(inputs, forward, kept, held.peak - gradients, gradients, left=held.gradients())
+            gradients, left = held.gradients_at_peak, held.gradients()
+        model.zero_grad(set_to_none=True)
+        return Part(inputs, forward, kept, held.peak - gradients, gradients, left)
 
 
 def _tensors_of(holder: Any) -> Iterator[Tensor]:

@@ -134,6 +134,10 @@ class Kernels(TorchFunctionMode):
         enable_gqa: bool = False,
     ) -> Tensor:
         if self.device == "cpu":
+            if attn_mask is not None and attn_mask.requires_grad:  # not fused there either
+                return nn.functional.scaled_dot_product_attention(
+                    q, k, v, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+                )
             if attn_mask is not None and attn_mask.dtype == torch.bool:
                 attn_mask = torch.empty_like(attn_mask, dtype=q.dtype)  # it becomes what is added to the logits
             return aten._scaled_dot_product_flash_attention_for_cpu(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import re
 import shlex
@@ -15,6 +16,7 @@ from omegaconf import OmegaConf
 
 import lrdint_tune.models
 from lrdint_tune.models import llama3_2
+from lrdint_tune.planning.options import PlanOptions
 from lrdint_tune.training.config import load_config
 from tests.common.tiny_run import SIZES, write_model
 
@@ -39,12 +41,16 @@ def test_make_targets_exist() -> None:
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "--config " in c])
-def test_training_commands(command: str) -> None:
+def test_commands_with_a_config(command: str) -> None:
     words = shlex.split(command.split("   #")[0])
-    recipe = next(w for w in words if "full_finetune_distributed" in w)
+    recipe = next(w for w in words if w.startswith("lrdint_tune"))
     assert importlib.util.find_spec(recipe.replace("/", ".")) is not None
     config = OmegaConf.load(ROOT / words[words.index("--config") + 1])
     overrides = [w for w in words[words.index("--config") + 2 :] if "=" in w]
+    if recipe.endswith("plan"):
+        own = [w for w in overrides if w.split("=")[0] in {f.name for f in dataclasses.fields(PlanOptions)}]
+        load_config(OmegaConf.from_dotlist(own), PlanOptions)
+        overrides = [w for w in overrides if w not in own]
     load_config(OmegaConf.merge(config, OmegaConf.from_dotlist(overrides)))
     if "--nnodes" in words and "--rdzv_endpoint" not in words:
         assert "waits for ever" in TEXT  # named as what not to do

@@ -149,6 +149,16 @@ def test_updates_in_the_backward_pass_free_gradients() -> None:
     assert [m.peak[GRADIENTS] for m in memory] == [2000 + 3 * 20, 2000]
 
 
+def test_weights_are_converted_one_by_one() -> None:
+    """NF4 to bf16, bf16 to fp8, unless it was gathered in fp8."""
+    block = replace(SMALL, kept=500, backward=1000)
+    plain, nf4, fp8, gathered = (
+        estimate(block=block, **flags).peak[GATHERED]
+        for flags in ({}, {"nf4": True}, {"fp8": True}, {"fp8": True, "fp8_all_gather": True})
+    )
+    assert (nf4 - plain, fp8 - plain, gathered - plain) == (40, 20, 0)
+
+
 def test_every_second_block() -> None:
     """Checkpointing ``every_k`` counts the blocks that it takes."""
     modes = {False: replace(SMALL, kept=100), True: replace(SMALL, kept=1)}

@@ -10,6 +10,7 @@ from lrdint_tune.planning.optimizer import measure_optimizer
 from lrdint_tune.planning.parts import Part, Parts, measure_parts
 from lrdint_tune.planning.skeleton import local_model
 from lrdint_tune.training.config import TrainConfig
+from tests.common.cases import CASES, MethodCase
 from tests.common.plans import knobs, planned_config
 
 B, N, D = 1, 512, 128
@@ -132,3 +133,17 @@ def test_optimizer_that_needs_values_is_refused() -> None:
     section = {"_component_": "torch.optim.Adafactor", "lr": 1e-3}
     with pytest.raises(ConfigError, match="Adafactor.*cannot be planned"):
         measure_optimizer(section, [{"params": [torch.empty(8, 8, device="meta")]}], "cpu")
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "lam" not in case.options], ids=str)
+def test_every_variant(case: MethodCase) -> None:
+    """Each method with each of its options (λ's forms hold next to nothing) can be run without values, or is refused by
+    name."""
+    options = {name: value for name, value in case.options.items() if name != "method"}
+    cfg = planned_config(case.options["method"], options, trainable=["adapter", "attention"], max_seq_len=64)
+    for device in ("cpu", "cuda"):
+        if options.get("alignment") == "end":
+            with pytest.raises(ConfigError, match="model.method='lmam'.*alignment=start"):
+                measure(cfg, device)
+        else:
+            assert block(cfg, device, checkpointing="selective").kept > 0
