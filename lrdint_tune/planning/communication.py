@@ -71,13 +71,15 @@ def step_traffic(
     add(REDUCE_SCATTER, "shard", BACKWARD, shards, [4 * group.trained for group in trained], 1, True)
     add(ALL_REDUCE, "replicate", BACKWARD, knobs.replicate, [4 * g.trained // shards for g in trained], 1, True)
 
-    # Behind the attention's output projection and the MLP's, and the same for the gradients of their inputs.
+    # Behind the attention's output projection and the MLP's, and the same for the gradients of their inputs and of the
+    # head's; a first block behind frozen embeddings wants none.
     rows = knobs.batch_size * seq_len // knobs.context
     stream = rows * model.spec.embed_dim * element
     layers = model.spec.num_layers
     # A collective is no product, selective checkpointing runs it again too; the MLP's is not wanted again.
     recomputed = knobs.num_checkpointed(layers)
-    for phase, count in ((FORWARD, 2 * layers), (BACKWARD, 2 * layers), (RECOMPUTATION, recomputed)):
+    back = 2 * layers + model.tok_embeddings.weight.requires_grad
+    for phase, count in ((FORWARD, 2 * layers), (BACKWARD, back), (RECOMPUTATION, recomputed)):
         add(ALL_REDUCE, "tensor", phase, knobs.tensor, [stream] * count, passes, False)
 
     # Keys, values and whatever else a method looks back at come from all ranks of a sequence; gradients go back.

@@ -81,8 +81,8 @@ class Knobs:
 
     @property
     def reshard(self) -> bool:
-        """Whether a block's gathered parameters are freed between forward and backward (with one shard they stay)."""
-        return self.reshard_after_forward and self.fsdp > 1
+        """Whether a block's gathered parameters are freed between forward and backward."""
+        return self.reshard_after_forward
 
     def checkpointed(self, layer: int) -> bool:
         """Whether block ``layer`` is recomputed in the backward pass."""

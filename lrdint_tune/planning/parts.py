@@ -152,12 +152,15 @@ class _Bench:
 
     def loss(self) -> Part:
         model = self.models[False]
-        labels = torch.empty(self.shape, dtype=torch.int64, device="meta")
-        return self._run(
-            model,
-            self._input().requires_grad_(),
-            lambda x: summed_cross_entropy(model.norm(x), model.output_weight, labels),
-        )
+        b, n = self.shape
+        rows = -(-b * n // self.knobs.tensor)  # tensor-parallel ranks share them
+        labels = torch.empty(1, rows, dtype=torch.int64, device="meta")
+
+        def loss(x: Tensor) -> Tensor:
+            h = model.norm(x).flatten(0, 1)[None, :rows]
+            return summed_cross_entropy(h, model.output_weight, labels)
+
+        return self._run(model, self._input().requires_grad_(), loss)
 
     def embedding(self) -> Part:
         model = self.models[False]

@@ -179,7 +179,8 @@ def _of_parameter(name: str, part: Tensor, knobs: Knobs, compute: int) -> Group:
     if knobs.nf4 and is_base_linear(name, part) and not trained:
         # Half a byte a weight, a byte for each 64 and four for each row; gathered and kept that way.
         kept = part.numel() // 2 + part.numel() // NF4_BLOCK + 4 * part.shape[0]
-        return Group(sharded=kept, gathered=kept * knobs.fsdp, sent=kept * knobs.fsdp, largest=whole * compute)
+        copied = kept * knobs.fsdp if knobs.fsdp > 1 else 0  # one shard is used as it is
+        return Group(sharded=kept, gathered=copied, sent=copied, largest=whole * compute)
     travels = 1 if knobs.fp8_all_gather and is_base_linear(name, part) else compute
     return Group(
         sharded=kept,

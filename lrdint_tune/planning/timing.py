@@ -22,16 +22,14 @@ class Work:
         total: all of them.
         attention: those of the maps among them.
         linear: those of the blocks' pretrained linear layers among them, which fp8 can take.
-        head: those of the output head among them, which every tensor-parallel rank computes whole.
     """
 
     total: float
     attention: float
     linear: float
-    head: float
 
     def __mul__(self, share: float) -> Work:
-        return Work(share * self.total, share * self.attention, share * self.linear, share * self.head)
+        return Work(share * self.total, share * self.attention, share * self.linear)
 
 
 @dataclass(frozen=True)
@@ -61,16 +59,16 @@ def count_flops(model: LlamaDecoder, knobs: Knobs, seq_len: int) -> Flops:
     frozen = copy.deepcopy(model).requires_grad_(False)
     products = (training_flops_per_token(frozen, seq_len) - maps) / 2
     head = 2.0 * spec.vocab_size * spec.embed_dim
-    forward = Work(products + maps / 6, maps / 6, sum(2.0 * p.numel() for p in linears), head)
+    forward = Work(products + maps / 6, maps / 6, sum(2.0 * p.numel() for p in linears))
     linear = sum((6.0 if p.requires_grad else 4.0) * p.numel() for p in linears)
     # Selective checkpointing keeps the products. Otherwise a recomputation ends where nothing more is wanted: before
     # the MLP's last one.
     last = sum(2.0 * p.numel() for name, p in model.named_parameters() if name.endswith(".mlp.w2.weight"))
-    block = Work(forward.total - head - last, forward.attention, forward.linear - last, 0.0)
+    block = Work(forward.total - head - last, forward.attention, forward.linear - last)
     again = 0 if knobs.checkpointing == "selective" else knobs.num_checkpointed(spec.num_layers) / spec.num_layers
     return Flops(
         full=full,
-        step=Work(full - maps / 2, maps / 2, linear, head * (3 if model.output_weight.requires_grad else 2)),
+        step=Work(full - maps / 2, maps / 2, linear),
         forward=forward,
         recomputed=block * again,
     )
@@ -144,9 +142,9 @@ def estimate_time(
     imbalance = 2 - 1 / knobs.context
 
     def seconds(work: Work) -> float:
-        other = work.total - work.attention - work.linear - work.head
+        other = work.total - work.attention - work.linear
         split = (other + imbalance * work.attention) / peak + work.linear / linear_peak
-        return tokens / knobs.context * (split / knobs.tensor + work.head / peak) / attainable
+        return tokens / knobs.context * split / knobs.tensor / attainable
 
     forward = seconds(flops.forward)
     compute = seconds(flops.step) + seconds(flops.recomputed)

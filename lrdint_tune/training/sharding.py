@@ -42,6 +42,6 @@ def shard_model(
     whole = nf4_parameters(model) if shards == 1 else set()
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "offload_policy": offload, "ignored_params": whole}
     for layer in model.layers:
-        # With one shard there is nothing to free between forward and backward.
-        fully_shard(layer, reshard_after_forward=reshard_after_forward and shards > 1, **options)
+        # With one shard too: FSDP2 computes on a copy of the parameters.
+        fully_shard(layer, reshard_after_forward=reshard_after_forward, **options)
     fully_shard(model, reshard_after_forward=False, **options)

@@ -40,7 +40,7 @@ def test_mesh_and_passes() -> None:
 
 
 def test_ranks_that_do_not_divide() -> None:
-    with pytest.raises(ConfigError, match=r"tensor_parallel_dim=2: 2 \(tensor\) x 3 \(context\) = 6 .*world_size=8"):
+    with pytest.raises(ConfigError, match=r"context_parallel_dim x tensor_parallel_dim=3 x 2.*8 / 6"):
         Knobs.from_config(planned_config(tensor_parallel_dim=2, context_parallel_dim=3, max_seq_len=510), 8)
 
 
@@ -197,7 +197,7 @@ def test_recomputed_flops_are_those_of_the_counter(mode: str) -> None:
 
 H100 = HARDWARE["h100"]
 RATE = 0.5 * 989e12
-WORK = Work(total=6e9, attention=1e9, linear=4e9, head=5e8)
+WORK = Work(total=6e9, attention=1e9, linear=4e9)
 FLOPS = Flops(full=7e9, step=WORK, forward=WORK * (1 / 3), recomputed=WORK * 0)
 
 
@@ -242,8 +242,8 @@ def test_links() -> None:
     assert time([gather], tensor=2).overlapped == pytest.approx(1)
 
 
-def test_tensor_parallel_repeats_the_head() -> None:
-    assert time([], tensor=2).compute == pytest.approx(8000 * (5.5e9 / 2 + 5e8) / RATE)
+def test_tensor_parallel_ranks_share_the_products() -> None:
+    assert time([], tensor=2).compute == pytest.approx(8000 * 6e9 / 2 / RATE)
 
 
 def test_context_parallel_waits_for_the_last_rank() -> None:
