@@ -23,7 +23,11 @@ from lrdint_tune.models.tensor_shard import TensorShard
 
 # The dimension of a weight [out, in] that is split.
 _OUT, _IN = 0, 1
-_SPLIT = {"attn.q_proj": _OUT, "attn.k_proj": _OUT, "attn.v_proj": _OUT, "attn.output_proj": _IN} | {
+_SPLIT = {
+    "attn.q_proj": _OUT,
+    "attn.k_proj": _OUT,
+    "attn.v_proj": _OUT,
+    "attn.output_proj": _IN,
     "mlp.w1": _OUT,
     "mlp.w3": _OUT,
     "mlp.w2": _IN,
