@@ -93,7 +93,9 @@ def inductor_step(file: Path, changes: dict[str, Any]) -> Step:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", [method("dint", rank=3, lam_init=0.3), method("lmam", n=256, scale=1.0)], ids=str)
+@pytest.mark.parametrize(
+    "model", [method("dint", rank=3, lam_init=0.3), method("lmam", n=256, scale=1.0)], ids=["dint", "lmam"]
+)
 def test_inductor(run: Path, model: dict[str, Any]) -> None:
     changes = {**model, **checkpointed("selective")}
     expected = run_ranks(trainer_step, 2, run, changes)[0]
