@@ -117,14 +117,17 @@ class LlamaDecoder(TransformerDecoder):
             return summed_cross_entropy(h, self.output_weight, labels)
         # Each process has all hidden states and the whole head: it takes some of the tokens.
         part = self.tensor_shard
-        h, weight = part.rows(part.enter(h).flatten(0, 1)), part.enter(self.output_weight)
+        h, weight = part.rows(part.enter(h).flatten(0, 1)), whole(self._head.weight, used_in_part=True)
         return part.leave(summed_cross_entropy(h[None], weight, part.rows(labels.flatten())[None]))
 
     @property
     def output_weight(self) -> Tensor:
         """The output head's weight ``[vocab, D]``, the embeddings' own when they are tied."""
-        head = self.output if isinstance(self.output, nn.Linear) else self.tok_embeddings
-        return whole(head.weight)
+        return whole(self._head.weight)
+
+    @property
+    def _head(self) -> nn.Linear | nn.Embedding:
+        return self.output if isinstance(self.output, nn.Linear) else self.tok_embeddings
 
     def base_linears(self) -> dict[str, nn.Linear]:
         """The pretrained linear layers of the blocks, name -> module: none of a method or an adapter, not the head."""

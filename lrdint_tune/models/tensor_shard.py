@@ -9,7 +9,7 @@ import torch
 import torch.distributed._functional_collectives as collectives
 from torch import Tensor
 from torch.distributed.distributed_c10d import GroupName
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Partial, Replicate
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,12 @@ def _sum(t: Tensor, group: GroupName) -> Tensor:
     return collectives.wait_tensor(collectives.all_reduce(t.contiguous(), "sum", group))
 
 
-def whole(weight: Tensor) -> Tensor:
-    """A weight of which every process holds all, as a plain tensor."""
-    return weight.to_local(grad_placements=[Replicate()]) if isinstance(weight, DTensor) else weight
+def whole(weight: Tensor, *, used_in_part: bool = False) -> Tensor:
+    """A weight of which every process holds all, as a plain tensor.
+
+    Args:
+        used_in_part: the processes find different parts of its gradient, which FSDP2 then adds up once a step.
+    """
+    if not isinstance(weight, DTensor):
+        return weight
+    return weight.to_local(grad_placements=[Partial() if used_in_part else Replicate()])

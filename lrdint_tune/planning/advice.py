@@ -80,13 +80,13 @@ def _try(planner: Planner, change: Change) -> Plan | None:
 def changes(planner: Planner, knobs: Knobs) -> Iterator[Change]:
     """Everything there is to turn from ``knobs``, the cheapest first."""
     cfg = planner.cfg
-    yield from _checkpointing(knobs)
+    yield from _checkpointing(cfg, knobs)
     yield from _more_shards(cfg, knobs)
     yield from _smaller_batches(cfg, knobs)
     yield from _optimizer(cfg, knobs)
     if not knobs.activation_offloading:
         yield Change(
-            ("enable_activation_offloading=true", "enable_activation_checkpointing=true", "ac_mode=full"),
+            ("enable_activation_offloading=true", "enable_activation_checkpointing=true", "ac_mode=full", *_no_k(cfg)),
             "blocks' inputs travel to the CPU and back, every block is computed twice",
             replace(knobs, activation_offloading=True, checkpointing="full"),
         )
@@ -101,12 +101,12 @@ def changes(planner: Planner, knobs: Knobs) -> Iterator[Change]:
         )
 
 
-def _checkpointing(knobs: Knobs) -> Iterator[Change]:
+def _checkpointing(cfg: TrainConfig, knobs: Knobs) -> Iterator[Change]:
     costs = {"selective": "everything but products is computed twice", "full": "every block is computed twice"}
     stronger = {"none": ("selective", "full"), "selective": ("full",), "every_k": ("full",), "full": ()}
     for mode in stronger[knobs.checkpointing]:
         yield Change(
-            ("enable_activation_checkpointing=true", f"ac_mode={mode}"),
+            ("enable_activation_checkpointing=true", f"ac_mode={mode}", *_no_k(cfg)),
             costs[mode],
             replace(knobs, checkpointing=mode),
         )
@@ -185,6 +185,11 @@ def _reshaped(cfg: TrainConfig, knobs: Knobs, *, tensor: int = 0, context: int =
     if cfg.global_batch_size:
         passes, left = divmod(knobs.passes * knobs.shard, shard)
     return None if left or not passes else replace(changed, shard=shard, passes=passes)
+
+
+def _no_k(cfg: TrainConfig) -> tuple[str, ...]:
+    """The override that removes the k of ``every_k``, where the config has one."""
+    return () if cfg.ac_option is None else ("~ac_option",)
 
 
 def _rest(cfg: TrainConfig) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from lrdint_tune.models.decoder import LlamaDecoder
 from lrdint_tune.planning.knobs import Knobs
 from lrdint_tune.planning.skeleton import ROOT, Group
+from lrdint_tune.training.tensor_parallel import shared_in_part
 
 ALL_GATHER, REDUCE_SCATTER, ALL_REDUCE = "all-gather", "reduce-scatter", "all-reduce"
 FORWARD, BACKWARD, RECOMPUTATION = "forward", "backward", "recomputation"
@@ -81,6 +82,9 @@ def step_traffic(
     back = 2 * layers + model.tok_embeddings.weight.requires_grad
     for phase, count in ((FORWARD, 2 * layers), (BACKWARD, back), (RECOMPUTATION, recomputed)):
         add(ALL_REDUCE, "tensor", phase, knobs.tensor, [stream] * count, passes, False)
+
+    shared = [p.numel() * element for p in shared_in_part(model)]
+    add(ALL_REDUCE, "tensor", BACKWARD, knobs.tensor, shared, 1, True)
 
     # Keys, values and whatever else a method looks back at come from all ranks of a sequence; gradients go back.
     streams = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lrdint_tune.training.components import accumulation_steps
@@ -20,6 +20,7 @@ class Knobs:
             ``shard x context``.
         batch_size: sequences of a micro-batch on each data-parallel rank.
         passes: micro-batches of an optimizer step on each rank.
+        reshard: whether a block's gathered parameters are freed between forward and backward.
         checkpointing: ``none | full | selective | every_k``; ``every`` is that k.
         optimizer: the config's section.
     """
@@ -32,7 +33,7 @@ class Knobs:
     passes: int
     checkpointing: str
     every: int
-    reshard_after_forward: bool
+    reshard: bool
     cpu_offload: bool
     activation_offloading: bool
     optimizer_in_bwd: bool
@@ -60,7 +61,7 @@ class Knobs:
             passes=accumulation_steps(cfg, mesh.replicate * mesh.shard),
             checkpointing=cfg.ac_mode if cfg.enable_activation_checkpointing else "none",
             every=cfg.ac_option or 1,
-            reshard_after_forward=cfg.fsdp_reshard_after_forward,
+            reshard=cfg.fsdp_reshard_after_forward,
             cpu_offload=cfg.fsdp_cpu_offload,
             activation_offloading=cfg.enable_activation_offloading,
             optimizer_in_bwd=cfg.optimizer_in_bwd,
@@ -68,6 +69,32 @@ class Knobs:
             fp8_all_gather=cfg.fp8_all_gather,
             nf4=cfg.quantize_base == "nf4",
             optimizer=cfg.optimizer,
+        )
+
+    def config(self, cfg: TrainConfig) -> TrainConfig:
+        """``cfg`` with these settings. Raises ConfigError where they do not go together."""
+        steps: dict[str, Any] = {"gradient_accumulation_steps": self.passes}
+        if cfg.global_batch_size:
+            steps = {"global_batch_size": self.passes * self.batch_size * self.data_parallel}
+        checkpointing: dict[str, Any] = {"enable_activation_checkpointing": self.checkpointing != "none"}
+        if self.checkpointing != "none":
+            checkpointing["ac_mode"] = self.checkpointing
+            checkpointing["ac_option"] = self.every if self.checkpointing == "every_k" else None
+        return replace(
+            cfg,
+            data_parallel_replicate_dim=self.replicate,
+            data_parallel_shard_dim=self.shard,
+            tensor_parallel_dim=self.tensor,
+            context_parallel_dim=self.context,
+            batch_size=self.batch_size,
+            fsdp_reshard_after_forward=self.reshard,
+            fsdp_cpu_offload=self.cpu_offload,
+            enable_activation_offloading=self.activation_offloading,
+            optimizer_in_bwd=self.optimizer_in_bwd,
+            quantize_base="nf4" if self.nf4 else "none",
+            optimizer=dict(self.optimizer),
+            **steps,
+            **checkpointing,
         )
 
     @property
@@ -78,11 +105,6 @@ class Knobs:
     @property
     def data_parallel(self) -> int:
         return self.replicate * self.shard
-
-    @property
-    def reshard(self) -> bool:
-        """Whether a block's gathered parameters are freed between forward and backward."""
-        return self.reshard_after_forward
 
     def checkpointed(self, layer: int) -> bool:
         """Whether block ``layer`` is recomputed in the backward pass."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 from lrdint_tune.models.spec import ModelSpec
 from lrdint_tune.planning.communication import Traffic, step_traffic
@@ -15,6 +17,8 @@ from lrdint_tune.planning.skeleton import Skeleton, build_skeleton, compute_dtyp
 from lrdint_tune.planning.timing import Flops, Network, Timing, count_flops, estimate_time
 from lrdint_tune.training.config import TrainConfig
 from lrdint_tune.training.hardware import Hardware
+from lrdint_tune.training.memory import check_passes
+from lrdint_tune.training.parallelize import check_parallel
 
 
 @dataclass(frozen=True)
@@ -86,8 +90,11 @@ class Planner:
         self._optimizers: dict[tuple, tuple[int, int]] = {}
 
     def evaluate(self, knobs: Knobs) -> Plan:
-        """Raises ConfigError for knobs that the model cannot take."""
+        """Raises ConfigError for knobs that the training would refuse."""
         cfg, target = self.cfg, self.target
+        asked = replace(knobs.config(cfg), compile=False)  # this machine need not have the compiler
+        check_passes(asked, knobs.passes, knobs.data_parallel)
+        check_parallel(self.model, asked, torch.device(target.device), knobs.fsdp)
         mesh = (knobs.replicate, knobs.fsdp, knobs.tensor)
         key: tuple = (*mesh, knobs.nf4, knobs.fp8_all_gather)
         if key not in self._skeletons:

@@ -89,7 +89,8 @@ def _time_lines(plan: Plan, target: Target) -> Iterator[str]:
     yield f"  {'collectives, exposed':<24}{timing.exposed:>10.3g}"
     yield f"  {'optimizer':<24}{timing.optimizer:>10.3g}"
     yield f"  {'tokens/s':<24}{_both(timing.tokens_per_s, ',.0f')}"
-    yield f"  {'MFU, N x N':<24}{_both(timing.mfu, '.1%')}  (as a run's log has it)"
+    of = ", of the bf16 peak" if plan.knobs.fp8 else ""
+    yield f"  {'MFU, N x N':<24}{_both(timing.mfu, '.1%')}  (as a run's log has it{of})"
     yield f"  {'MFU, causal half':<24}{_both(timing.causal_mfu, '.1%')}"
     if plan.knobs.context > 1:
         longest = 2 - 1 / plan.knobs.context

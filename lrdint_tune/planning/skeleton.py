@@ -20,13 +20,13 @@ from lrdint_tune.models.decoder import LlamaDecoder
 from lrdint_tune.planning.knobs import Knobs
 from lrdint_tune.training.components import build_model
 from lrdint_tune.training.config import TrainConfig
+from lrdint_tune.training.nf4 import BLOCK, takes_nf4
 from lrdint_tune.training.parallelize import parallelize
-from lrdint_tune.training.tensor_parallel import check_tensor_parallel
-from lrdint_tune.training.trainable import group_of, optimizer_groups, set_trainable
+from lrdint_tune.training.precision import takes_fp8
+from lrdint_tune.training.trainable import optimizer_groups, set_trainable
 from lrdint_tune.training.world import MeshShape, make_world
 
 ROOT = "root"  # the FSDP group of what is in no block
-NF4_BLOCK = 64
 
 
 @contextmanager
@@ -69,18 +69,11 @@ def local_config(cfg: TrainConfig, tensor: int, *, num_layers: int | None = None
         num_layers: fewer blocks than the model has, to look at one of them.
 
     Raises:
-        ConfigError: ``tensor`` does not divide the heads or the MLP's width, or the model cannot be built.
+        ConfigError: the model cannot be built.
     """
     section = dict(cfg.model)
     if tensor > 1:
         spec = build_model(cfg).spec
-        for name, size in (
-            ("query heads", spec.num_heads),
-            ("key/value heads", spec.num_kv_heads),
-            ("MLP features", spec.intermediate_dim),
-        ):
-            if size % tensor:
-                raise ConfigError(f"tensor_parallel_dim={tensor}: does not divide the model's {size} {name}; lower it")
         section |= {
             "num_heads": spec.num_heads // tensor,
             "num_kv_heads": spec.num_kv_heads // tensor,
@@ -149,8 +142,10 @@ def build_skeleton(cfg: TrainConfig, knobs: Knobs) -> Skeleton:
         ConfigError: as those do.
     """
     model = build_model(plain(cfg))
-    check_tensor_parallel(model, knobs.tensor)
     set_trainable(model, cfg.trainable)
+    linears = model.base_linears().items()
+    in_nf4 = {f"{name}.weight" for name, linear in linears if knobs.nf4 and takes_nf4(linear)}
+    in_fp8 = {f"{name}.weight" for name, linear in linears if knobs.fp8_all_gather and takes_fp8(linear)}
     shape = MeshShape(knobs.replicate, knobs.shard, knobs.context, knobs.tensor)
     parallelize(model, plain(cfg), make_world(torch.device("cpu"), shape))
     compute = 2 if cfg.dtype == "bf16" else 4
@@ -160,28 +155,25 @@ def build_skeleton(cfg: TrainConfig, knobs: Knobs) -> Skeleton:
         assert isinstance(parameter, DTensor)
         part = parts[id(parameter)] = nn.Parameter(parameter.to_local(), requires_grad=parameter.requires_grad)
         owner = ".".join(name.split(".")[:2]) if name.startswith("layers.") else ROOT
-        groups[owner] = groups.get(owner, Group()) + _of_parameter(name, part, knobs, compute)
+        groups[owner] = groups.get(owner, Group()) + _of_parameter(
+            part, knobs, compute, nf4=name in in_nf4, fp8=name in in_fp8
+        )
     parameter_groups = optimizer_groups(model, lam_lr=cfg.lam_lr)
     for group in parameter_groups:
         group["params"] = [parts[id(parameter)] for parameter in group["params"]]
     return Skeleton(groups, parameter_groups, _buffer_bytes(model))
 
 
-def is_base_linear(name: str, parameter: Tensor) -> bool:
-    """Whether a parameter is the weight of one of the blocks' pretrained linear layers."""
-    return group_of(name) in ("attention", "mlp") and parameter.dim() == 2
-
-
-def _of_parameter(name: str, part: Tensor, knobs: Knobs, compute: int) -> Group:
+def _of_parameter(part: Tensor, knobs: Knobs, compute: int, *, nf4: bool, fp8: bool) -> Group:
     whole = part.numel() * knobs.fsdp  # rank 0 has the longest part: the others are padded to it
     trained = part.requires_grad
     kept = part.numel() * part.element_size()
-    if knobs.nf4 and is_base_linear(name, part) and not trained:
+    if nf4 and not trained:
         # Half a byte a weight, a byte for each 64 and four for each row; gathered and kept that way.
-        kept = part.numel() // 2 + part.numel() // NF4_BLOCK + 4 * part.shape[0]
+        kept = part.numel() // 2 + part.numel() // BLOCK + 4 * part.shape[0]
         copied = kept * knobs.fsdp if knobs.fsdp > 1 else 0  # one shard is used as it is
         return Group(sharded=kept, gathered=copied, sent=copied, largest=whole * compute)
-    travels = 1 if knobs.fp8_all_gather and is_base_linear(name, part) else compute
+    travels = 1 if fp8 else compute
     return Group(
         sharded=kept,
         gathered=whole * travels,

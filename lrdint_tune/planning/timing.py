@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from lrdint_tune.models.decoder import LlamaDecoder
 from lrdint_tune.planning.communication import BACKWARD, FORWARD, RECOMPUTATION, Traffic
 from lrdint_tune.planning.knobs import Knobs
-from lrdint_tune.planning.skeleton import is_base_linear
 from lrdint_tune.training.flops import training_flops_per_token
 from lrdint_tune.training.hardware import Hardware
+from lrdint_tune.training.precision import takes_fp8
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def count_flops(model: LlamaDecoder, knobs: Knobs, seq_len: int) -> Flops:
     spec = model.spec
     full = training_flops_per_token(model, seq_len)
     maps = sum(method.num_maps for method in model.methods()) * 12.0 * seq_len * spec.num_heads * spec.head_dim
-    linears = [p for name, p in model.named_parameters() if is_base_linear(name, p)]
+    linears = [linear.weight for linear in model.base_linears().values() if takes_fp8(linear)]
     # Without trained weights a forward pass is half of what is counted, and of the maps always a third.
     frozen = copy.deepcopy(model).requires_grad_(False)
     products = (training_flops_per_token(frozen, seq_len) - maps) / 2
@@ -128,7 +128,7 @@ def estimate_time(
 ) -> Timing:
     """Bounds for one step.
 
-    Tensor-parallel ranks split the blocks; each computes the output head whole. With context parallelism the sequence
+    Tensor-parallel ranks split the blocks and the tokens of the loss. With context parallelism the sequence
     is cut into contiguous parts; the last rank's queries see nearly all keys, so its attention takes ``2 - 1 /
     context`` times the mean, and everybody waits for it.
 

@@ -59,7 +59,8 @@ def _over_ranks(squares: Tensor, world: World) -> Tensor:
 
 
 def diagnostics(model: LlamaDecoder, world: World) -> dict[str, float]:
-    """The methods' scalars on this rank's sequences, over the heads of all ranks that share them; a collective."""
+    """The methods' scalars on this rank's rows; of tensor-parallel ranks the lowest, the highest, or the mean of what
+    they have. A collective."""
     own = model.diagnostics()
     if not own:
         return {}

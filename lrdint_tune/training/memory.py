@@ -47,11 +47,12 @@ def check_device(cfg: TrainConfig, device: torch.device) -> None:
             raise ConfigError(f"{key}=true: needs CUDA, this run is on {device.type}; remove it")
 
 
-def check_passes(cfg: TrainConfig, passes: int, world_size: int) -> None:
+def check_passes(cfg: TrainConfig, passes: int, data_size: int) -> None:
     """That ``optimizer_in_bwd`` sees whole gradients.
 
     Args:
         passes: forward and backward passes of an optimizer step on each rank.
+        data_size: data-parallel ranks.
 
     Raises:
         ConfigError: there are several.
@@ -59,7 +60,7 @@ def check_passes(cfg: TrainConfig, passes: int, world_size: int) -> None:
     if cfg.optimizer_in_bwd and passes > 1:
         key = "global_batch_size" if cfg.global_batch_size else "gradient_accumulation_steps"
         raise ConfigError(
-            f"optimizer_in_bwd=true: {key}={getattr(cfg, key)} makes {passes} passes a step on {world_size} "
-            f"process(es) with batch_size={cfg.batch_size}, and the first would already update; set "
-            f"{key}={cfg.batch_size * world_size if cfg.global_batch_size else 1} or optimizer_in_bwd=false"
+            f"optimizer_in_bwd=true: {key}={getattr(cfg, key)} makes {passes} passes a step on {data_size} "
+            f"data-parallel rank(s) with batch_size={cfg.batch_size}, and the first would already update; set "
+            f"{key}={cfg.batch_size * data_size if cfg.global_batch_size else 1} or optimizer_in_bwd=false"
         )

@@ -22,17 +22,16 @@ def takes_nf4(linear: nn.Linear) -> bool:
     return linear.in_features % BLOCK == 0
 
 
-def quantize_base(model: LlamaDecoder, num_shards: int) -> None:
-    """Hold the weights of the blocks' pretrained linear layers as NF4; they are dequantised for each product.
-
-    Layers with an input size that is no multiple of 64 stay as they are.
+def check_nf4(model: LlamaDecoder, num_shards: int, *, cpu_offload: bool) -> None:
+    """That the weights of the blocks' pretrained linear layers can be held as NF4.
 
     Args:
-        model: on the meta device, with ``requires_grad`` and dtypes set.
         num_shards: over how many ranks FSDP2 will spread the rows.
+        cpu_offload: whether FSDP2 is to keep them in the CPU's memory.
 
     Raises:
-        ConfigError: not one layer can be quantised, or the shards do not divide the rows of one.
+        ConfigError: not one layer can be quantised, the shards do not divide the rows of one, or one shard is to be
+            offloaded.
     """
     chosen = {name: linear for name, linear in model.base_linears().items() if takes_nf4(linear)}
     if not chosen:
@@ -40,17 +39,34 @@ def quantize_base(model: LlamaDecoder, num_shards: int) -> None:
             f"quantize_base='nf4': no linear layer has an input size that is a multiple of {BLOCK}; set "
             "quantize_base=none"
         )
-    like: dict[torch.Size, NF4Tensor] = {}  # the blocks have the same sizes, and quantising takes torchao a while
     for name, linear in chosen.items():
         if linear.out_features % num_shards:
             raise ConfigError(
                 f"quantize_base='nf4': {num_shards} shards do not divide the {linear.out_features} rows of {name}; set "
                 "data_parallel_shard_dim to a divisor, and data_parallel_replicate_dim to the rest"
             )
-        shape = linear.weight.shape
-        if shape not in like:
-            like[shape] = _quantised(linear.weight.detach())
-        linear.weight = nn.Parameter(torch.empty_like(like[shape]), requires_grad=False)
+    if cpu_offload and num_shards == 1:  # FSDP2 leaves them alone then, see sharding.py
+        raise ConfigError(
+            "fsdp_cpu_offload=true: with quantize_base='nf4' needs more than one shard; start more processes, or set "
+            "one of them to false or none"
+        )
+
+
+def quantize_base(model: LlamaDecoder) -> None:
+    """Hold the weights of the blocks' pretrained linear layers as NF4; they are dequantised for each product.
+
+    Layers with an input size that is no multiple of 64 stay as they are.
+
+    Args:
+        model: on the meta device, with ``requires_grad`` and dtypes set; see :func:`check_nf4`.
+    """
+    like: dict[torch.Size, NF4Tensor] = {}  # the blocks have the same sizes, and quantising takes torchao a while
+    for linear in model.base_linears().values():
+        if takes_nf4(linear):
+            shape = linear.weight.shape
+            if shape not in like:
+                like[shape] = _quantised(linear.weight.detach())
+            linear.weight = nn.Parameter(torch.empty_like(like[shape]), requires_grad=False)
 
 
 def nf4_parameters(model: nn.Module) -> set[nn.Parameter]:

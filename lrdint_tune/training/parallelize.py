@@ -10,7 +10,7 @@ from lrdint_tune.models.decoder import LlamaDecoder
 from lrdint_tune.training.activations import checkpoint_activations
 from lrdint_tune.training.compilation import check_compiler, compile_blocks
 from lrdint_tune.training.config import TrainConfig
-from lrdint_tune.training.nf4 import quantize_base
+from lrdint_tune.training.nf4 import check_nf4, quantize_base
 from lrdint_tune.training.offloading import offload_activations
 from lrdint_tune.training.precision import check_fp8_shards, set_precision
 from lrdint_tune.training.sharding import shard_model
@@ -18,14 +18,17 @@ from lrdint_tune.training.tensor_parallel import apply_tensor_parallel, check_te
 from lrdint_tune.training.world import World
 
 
-def check_parallel(model: LlamaDecoder, cfg: TrainConfig, device: torch.device) -> None:
-    """That the model can be changed as the config says, on ``device``.
+def check_parallel(model: LlamaDecoder, cfg: TrainConfig, device: torch.device, num_shards: int) -> None:
+    """That the model can be changed as the config says, on ``device``, sharded over ``num_shards`` ranks.
 
     Raises:
         ConfigError: it cannot; the message names what stands in the way.
     """
     check_tensor_parallel(model, cfg.tensor_parallel_dim)
-    check_fp8_shards(model, cfg.tensor_parallel_dim)
+    if cfg.fp8 != "none":
+        check_fp8_shards(model, cfg.tensor_parallel_dim)
+    if cfg.quantize_base == "nf4":
+        check_nf4(model, num_shards, cpu_offload=cfg.fsdp_cpu_offload)
     if cfg.compile:
         check_compiler(device.type)
     if cfg.context_parallel_dim > 1:
@@ -38,7 +41,7 @@ def parallelize(model: LlamaDecoder, cfg: TrainConfig, world: World) -> None:
     """Make ``model`` (meta device, ``requires_grad`` set) the part of it that this rank trains, without memory."""
     set_precision(model, cfg.dtype)
     if cfg.quantize_base == "nf4":
-        quantize_base(model, world.mesh["shard"].size())
+        quantize_base(model)
     model.sequence_shard = world.context
     if world.tensor_size > 1:
         apply_tensor_parallel(model, world.mesh["tensor"])

@@ -113,7 +113,7 @@ def check_fp8_shards(model: LlamaDecoder, size: int) -> None:
     """That ``size`` tensor-parallel ranks get parts that fp8 takes. Raises ConfigError."""
     for name, linear in model.base_linears().items():
         uneven = linear.in_features % (size * FP8_MULTIPLE) or linear.out_features % (size * FP8_MULTIPLE)
-        if isinstance(linear, Float8Linear) and uneven:
+        if takes_fp8(linear) and uneven:
             raise ConfigError(
                 f"tensor_parallel_dim={size}: leaves parts of {name} {[linear.out_features, linear.in_features]} whose "
                 f"size is not a multiple of {FP8_MULTIPLE}, which fp8 needs; lower it or set fp8=none"

@@ -2,8 +2,9 @@
 
 Parameters become DTensors, which FSDP2, checkpoints and export understand; a module sees its plain local part while it
 runs. Everything between ``enter`` and ``leave`` (see ``TensorShard``) is computed on part of the heads or of the MLP's
-width, so a layer costs two all-reduces forward and two backward whatever its method. The output head and the embeddings
-are whole on every process; for the loss each takes some of the tokens.
+width, so a layer costs two all-reduces of the hidden states forward and two backward whatever its method. Gradients of
+what all heads share travel once a step more. The output head and the embeddings are whole on every process; for the
+loss each takes some of the tokens.
 """
 
 from __future__ import annotations
@@ -93,6 +94,15 @@ def _enter(shard: TensorShard) -> Any:
         return tuple(entered if arg is args[0] else arg for arg in args)  # self-attention is given x twice
 
     return hook
+
+
+def shared_in_part(model: LlamaDecoder) -> list[nn.Parameter]:
+    """The trained parameters that every process holds whole and of whose gradient it finds a part: these are added up
+    over the processes once a step."""
+    parameters = dict(model.named_parameters())
+    whole = [name for name, placement in _plan(model) if isinstance(placement, Replicate)]
+    found = (*(parameters[name] for name in whole if name in parameters), model.output_weight)
+    return [p for p in found if isinstance(p, nn.Parameter) and p.requires_grad]
 
 
 def _plan(model: LlamaDecoder) -> Iterator[tuple[str, Placement]]:

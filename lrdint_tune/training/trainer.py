@@ -81,7 +81,7 @@ class Trainer:
         model = build_model(cfg)
         check_hf_config(self.checkpoint_dir, self.file_spec(model.spec))
         tokenizer = build_tokenizer(cfg.tokenizer)
-        check_parallel(model, cfg, world.device)
+        check_parallel(model, cfg, world.device, world.mesh["shard"].size())
         self.accumulation = accumulation_steps(cfg, world.data_size)
         check_passes(cfg, self.accumulation, world.data_size)
         self.global_batch = cfg.batch_size * world.data_size * self.accumulation
@@ -191,6 +191,8 @@ class Trainer:
         options = spec.pop("method_options")
         if not spec["adapters"]:  # a checkpoint from before there were any goes on
             del spec["adapters"]
+        if self.cfg.quantize_base != "none":  # other weights than those of the folder
+            spec["quantize_base"] = self.cfg.quantize_base
         return {
             **spec,
             **options,

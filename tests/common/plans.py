@@ -48,7 +48,7 @@ def knobs(**changes: Any) -> Knobs:
         "passes": 1,
         "checkpointing": "none",
         "every": 1,
-        "reshard_after_forward": True,
+        "reshard": True,
         "cpu_offload": False,
         "activation_offloading": False,
         "optimizer_in_bwd": False,

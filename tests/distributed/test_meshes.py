@@ -60,6 +60,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "none": {"method": "none"},
     "lora": {"method": "dint", "rank": 3, "lam_init": 0.3, "adapters": LORA},
 }
+CLIPPED = {"clip_grad_norm": 0.5}
 TENSOR = {"data_parallel_shard_dim": 1, "tensor_parallel_dim": 2}
 CONTEXT = {"data_parallel_shard_dim": 1, "context_parallel_dim": 2}
 MESHES: dict[str, tuple[int, dict[str, int]]] = {
@@ -87,7 +88,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @cache
 def _one_process(run: Path, method: str) -> list[float]:
-    return run_ranks(losses, 1, run, _model(method))[0]
+    return run_ranks(losses, 1, run, {**_model(method), **CLIPPED})[0]
 
 
 def _model(method: str) -> dict[str, Any]:
@@ -101,7 +102,7 @@ def test_ten_steps(run: Path, method: str, mesh: str) -> None:
     size, dims = MESHES[mesh]
     expected = _one_process(run, method)
     assert expected[0] - expected[-1] > 0.05, "nothing was learned, so there is nothing to compare"
-    for found in run_ranks(losses, size, run, {**_model(method), **dims}, timeout=200):
+    for found in run_ranks(losses, size, run, {**_model(method), **dims, **CLIPPED}, timeout=200):
         assert len(found) == 10
         assert found == pytest.approx(expected, rel=0, abs=1e-4)
 
@@ -169,6 +170,14 @@ def test_what_tensor_parallelism_sends(run: Path) -> None:
         assert max(sent["all_reduce"]) == hidden
 
 
+def test_the_gradient_of_a_trained_head_is_added_up_once(run: Path) -> None:
+    """And so are those of what all heads share, whatever the number of passes."""
+    changes = {**_model("dint"), **TENSOR, "trainable": ["lm_head", "embeddings"], "untie_lm_head": True}
+    head = SIZES["vocab_size"] * SIZES["embed_dim"]
+    for sent, _ in run_ranks(traffic, 2, run, {**changes, "batch_size": 2}):
+        assert sent["all_reduce"].count(head) == 1
+
+
 def test_what_context_parallelism_sends(run: Path) -> None:
     """Keys, values and the method's own keys are gathered in each layer, and no hidden states."""
     changes = {**_model("dint"), **CONTEXT, "batch_size": 4}
@@ -194,7 +203,7 @@ def test_fp8(tmp_path: Path, dims: dict[str, int]) -> None:
 def test_fp8_parts_that_are_too_small_are_refused(run: Path) -> None:
     cfg = read_config(run, {**_model("dint"), **TENSOR, "fp8": "tensorwise"})
     with pytest.raises(ConfigError, match=r"tensor_parallel_dim=2: leaves parts of layers.0.attn.k_proj \[16, 32\]"):
-        check_parallel(build_model(cfg), cfg, torch.device("cpu"))
+        check_parallel(build_model(cfg), cfg, torch.device("cpu"), 1)
 
 
 @pytest.mark.slow
@@ -259,7 +268,7 @@ def test_refused_context_parallelism(run: Path, options: dict[str, Any], message
     cfg = read_config(run, {"model": {**MODEL, **options}, **CONTEXT})
     model = build_model(cfg)
     with pytest.raises(ConfigError, match=re.escape(message)):
-        check_parallel(model, cfg, torch.device("cpu"))
+        check_parallel(model, cfg, torch.device("cpu"), 1)
 
 
 def test_a_sequence_that_does_not_divide(run: Path) -> None:

@@ -45,12 +45,16 @@ def test_what_is_left_behind(run: Path, whole: Path, tmp_path: Path, mesh: tuple
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [TENSOR, CONTEXT], ids=["tensor", "context"])
-def test_a_run_changes_its_mesh(run: Path, whole: Path, tmp_path: Path, mesh: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("mesh", "size"),
+    [(TENSOR, 2), (CONTEXT, 2), (("tensor_parallel_dim=2",), 4)],
+    ids=["tensor", "context", "shard x tensor"],
+)
+def test_a_run_changes_its_mesh(run: Path, whole: Path, tmp_path: Path, mesh: tuple[str, ...], size: int) -> None:
     """There and back: begun under the mesh and continued on one process, and the other way round."""
     for first, second in ((mesh, ()), ((), mesh)):
         out = tmp_path / f"from-{len(first)}"
-        killed(run, f"output_dir={out}", *first, step=4, size=2 if first else 1)
+        killed(run, f"output_dir={out}", *first, step=4, size=size if first else 1)
         assert checkpoints(out) == ["step-3"]
-        finished_run(run, f"output_dir={out}", *second, size=2 if second else 1)
+        finished_run(run, f"output_dir={out}", *second, size=size if second else 1)
         assert read_losses(out) == pytest.approx(read_losses(whole), abs=1e-5)

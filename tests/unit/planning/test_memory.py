@@ -103,7 +103,7 @@ def test_several_passes_hold_whole_gradients() -> None:
 
 
 def test_without_resharding_everything_stays_gathered() -> None:
-    memory = estimate(reshard_after_forward=False, block=replace(SMALL, kept=500, backward=1000))
+    memory = estimate(reshard=False, block=replace(SMALL, kept=500, backward=1000))
     assert memory.peak[GATHERED] == 100 + 3 * 40
 
 

@@ -1,10 +1,12 @@
 """Knobs, shards, collectives, time and advice."""
 
+import dataclasses
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch.utils.flop_counter import FlopCounterMode
 
 from lrdint_tune.errors import ConfigError
@@ -45,8 +47,8 @@ def test_ranks_that_do_not_divide() -> None:
 
 
 def test_heads_that_tensor_parallel_does_not_divide() -> None:
-    with pytest.raises(ConfigError, match="tensor_parallel_dim=4: does not divide the model's 2 key/value heads"):
-        local_model(planned_config(), 4)
+    with pytest.raises(ConfigError, match="tensor_parallel_dim=4: does not divide the model's num_kv_heads of 2"):
+        plan(planned_config(tensor_parallel_dim=4), cpu(4))
 
 
 # ------------------------------------------------------------------ shards
@@ -323,6 +325,78 @@ def test_quantised_base_is_not_offered_where_it_is_trained() -> None:
             planner = Planner(planned_config(trainable=trainable), cpu(4))
             found = [change.overrides[0] for change in changes(planner, planner.knobs)]
         assert ("quantize_base=nf4" in found) == offered
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimizer_in_bwd": True, "gradient_accumulation_steps": 4}, "optimizer_in_bwd=true: gradient_acc"),
+        (
+            {
+                "context_parallel_dim": 2,
+                "model": {
+                    "_component_": "lrdint_tune.models.llama3_2",
+                    **SMALL,
+                    "method": "dint",
+                    "integral": "sequence",
+                    "allow_future_leak": True,
+                },
+            },
+            "context_parallel_dim=2: integral='sequence'",
+        ),
+        (
+            {"trainable": ["adapter"], "quantize_base": "nf4", "fsdp_cpu_offload": True, "world_size": 1},
+            "fsdp_cpu_offload=true: with quantize_base='nf4'",
+        ),
+        ({"trainable": ["adapter"], "quantize_base": "nf4", "world_size": 3}, "3 shards do not divide the"),
+        ({"tensor_parallel_dim": 2, "fp8": "tensorwise", "world_size": 2}, "tensor_parallel_dim=2: leaves parts of"),
+    ],
+    ids=["passes", "leak", "offloaded NF4", "NF4 rows", "fp8 parts"],
+)
+def test_what_training_refuses_is_refused(changes: dict[str, Any], message: str) -> None:
+    changes = dict(changes)
+    ranks = changes.pop("world_size", 4)
+    model = {"embed_dim": 64, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8} if "fp8" in changes else None
+    with pytest.raises(ConfigError, match=message):
+        plan(planned_config(model=model, **changes) if model else planned_config(**changes), cpu(ranks))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"optimizer_in_bwd": True},
+        {"trainable": ["adapter"], "quantize_base": "nf4"},
+        {"enable_activation_checkpointing": True, "ac_mode": "every_k", "ac_option": 2},
+        {"fp8": "tensorwise"},
+    ],
+    ids=str,
+)
+def test_advice_is_what_the_command_line_takes(changed: dict[str, Any]) -> None:
+    """Every single change that can be planned, given as its overrides, is the plan that it promised."""
+    cfg = planned_config(**{**LARGER, **changed})
+    base = dataclasses.asdict(cfg)
+    base = {key: value for key, value in base.items() if value is not None}
+    found = 0
+    with fake_world(4):
+        planner = Planner(cfg, with_memory(1.0))
+        for change in changes(planner, planner.knobs):
+            try:
+                promised = planner.evaluate(change.knobs).memory.total
+            except ConfigError:
+                continue
+            given = OmegaConf.create(base)
+            for override in change.overrides:
+                if override.startswith("~"):
+                    *path, last = override[1:].split(".")
+                    section = OmegaConf.select(given, ".".join(path)) if path else given
+                    section.pop(last)
+                else:
+                    given.merge_with_dotlist([override])
+            asked = Planner(load_config(given), with_memory(1.0))
+            assert asked.evaluate(asked.knobs).memory.total == promised, change.overrides
+            found += 1
+    assert found >= 2
 
 
 # ------------------------------------------------------------------ the command's keys
