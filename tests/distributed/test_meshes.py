@@ -207,8 +207,13 @@ def test_fp8_parts_that_are_too_small_are_refused(run: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dims", [TENSOR, CONTEXT], ids=["tensor", "context"])
-@pytest.mark.parametrize("options", [METHODS["dint"] | {"method": "dint", "adapters": LORA}, OTHERS["lmam, two maps"]])
+@pytest.mark.parametrize(
+    ("options", "dims"),
+    [
+        pytest.param({"method": "dint", **METHODS["dint"], "adapters": LORA}, TENSOR, id="tensor"),
+        pytest.param({"method": "dint", **METHODS["dint"]}, CONTEXT, id="context"),
+    ],
+)
 def test_compiled(run: Path, options: dict[str, Any], dims: dict[str, int]) -> None:
     """The collectives are in the blocks' graphs."""
     changes = {"model": {**MODEL, **options}}

@@ -81,7 +81,7 @@ def test_five_steps(file: Path, host: dict[str, Any], tmp_path: Path) -> None:
             "long_rows": "truncate",
         }
     config |= {"output_dir": str(tmp_path / "out"), "max_seq_len": LENGTH, "epochs": 1, "max_steps_per_epoch": STEPS}
-    config |= {"device": "cpu", "batch_size_val": 8}
+    config |= {"device": "cpu", "batch_size_val": 8, "tensor_parallel_dim": 1}  # on one process
     written = tmp_path / "config.yaml"
     written.write_text(yaml.safe_dump(config))
     outcome = run_recipe(written, timeout=240)
