@@ -79,7 +79,8 @@ def test_peak(run: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_peak_of_every_combination(run: Path, method: str) -> None:
-    grid = itertools.product(TRAINABLE, CHECKPOINTING.values(), ("fp32", "bf16") if method == "dint" else ("bf16",))
+    dtypes = ("fp32", "bf16") if method == "dint" else ("bf16",)
+    grid = itertools.product(TRAINABLE, CHECKPOINTING.values(), dtypes)
     compare(run, [changes(run, method, trainable=groups, dtype=dtype, **mode) for groups, mode, dtype in grid])
 
 

@@ -83,7 +83,6 @@ def assert_same(got: tuple[Tensor, dict[str, Tensor]], want: tuple[Tensor, dict[
         *(pytest.param(BY_NAME[name], ("packed",), id=name) for name in FAST),
         pytest.param(DINT, ("causal", "right_padded"), id="dint-learned, other layouts"),
         *(pytest.param(BY_NAME[name], LAYOUTS, id=f"{name}-all", marks=pytest.mark.slow) for name in FAST),
-        *(pytest.param(c, ("packed",), id=str(c), marks=pytest.mark.slow) for c in CASES if str(c) not in FAST),
     ],
 )
 def test_equals_eager_in_one_graph(case: MethodCase, layouts: tuple[str, ...], graphs: Graphs) -> None:

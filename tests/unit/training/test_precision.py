@@ -13,7 +13,7 @@ from lrdint_tune.errors import ConfigError
 from lrdint_tune.models.decoder import is_new_tensor
 from lrdint_tune.training.components import build_model
 from lrdint_tune.training.config import TrainConfig, load_config
-from lrdint_tune.training.nf4 import dequantised, is_nf4, quantize_base
+from lrdint_tune.training.nf4 import check_nf4, dequantised, is_nf4, quantize_base
 from lrdint_tune.training.precision import check_precision_device, convert_to_fp8, describe_precision, set_precision
 from lrdint_tune.training.trainable import set_trainable
 from lrdint_tune.training.weights import full_tensor, load_weights, materialise
@@ -139,7 +139,7 @@ def test_nf4_holds_the_base_linears_in_four_bits() -> None:
     model = tiny_dint("meta", **sizes)
     set_trainable(model, ["adapter"])
     set_precision(model, "bf16")
-    quantize_base(model, num_shards=1)
+    quantize_base(model)
     assert list(model.state_dict()) == list(plain.state_dict())
     materialise(model, CPU)
     load_weights(model, plain.state_dict().items())
@@ -167,7 +167,7 @@ def test_nf4_computes_with_the_dequantised_weights() -> None:
     plain, model = tiny_dint(**options), tiny_dint("meta", **options)
     wake_adapters(plain)
     set_trainable(model, ["adapter"])
-    quantize_base(model, num_shards=1)
+    quantize_base(model)
     materialise(model, CPU)
     load_weights(model, plain.state_dict().items())
     load_weights(plain, ((name, full_tensor(tensor)) for name, tensor in model.state_dict().items()))
@@ -186,9 +186,11 @@ def test_nf4_computes_with_the_dequantised_weights() -> None:
 
 def test_nf4_refuses_what_it_cannot_shard() -> None:
     with pytest.raises(ConfigError, match=r"3 shards do not divide the 64 rows of layers.0.attn.q_proj; set data_par"):
-        quantize_base(tiny_dint("meta", embed_dim=64), num_shards=3)
+        check_nf4(tiny_dint("meta", embed_dim=64), 3, cpu_offload=False)
     with pytest.raises(ConfigError, match=r"^quantize_base='nf4': no linear layer has an input size .* of 64; set"):
-        quantize_base(tiny_dint("meta", intermediate_dim=48), num_shards=1)
+        check_nf4(tiny_dint("meta", intermediate_dim=48), 1, cpu_offload=False)
+    with pytest.raises(ConfigError, match="fsdp_cpu_offload=true: with quantize_base='nf4' needs more than one shard"):
+        check_nf4(tiny_dint("meta", embed_dim=64), 1, cpu_offload=True)
 
 
 # ---------------------------------------------------------------- refusals
