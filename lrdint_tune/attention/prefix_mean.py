@@ -133,8 +133,10 @@ class _Integral(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         restored, lam, within, closing, opening, earlier = ctx.saved_tensors
-        grad_lam = (grad * restored).sum_to_size(lam.shape)
-        buffer = grad * lam
+        buffer = grad * restored
+        grad_lam = buffer.sum_to_size(lam.shape)
+        # A compiler finds the memory itself, and does not take `out`.
+        buffer = grad * lam if torch.compiler.is_compiling() else torch.mul(grad, lam, out=buffer)
         transposed = within.mT, opening.mT, closing.mT, earlier.mT
         carry = None if ctx.carry is None else ctx.carry.transposed
         grad_o1 = _product(buffer.to(within.dtype), carry, *transposed).to(grad.dtype).add_(grad)
