@@ -35,7 +35,7 @@ def losses(config: dict[str, Any], steps: int) -> list[float]:
     """
     with tempfile.TemporaryDirectory() as folder:
         cfg = load_config({**config, "output_dir": folder, "max_steps_per_epoch": steps})
-        world = start_world(cfg.device, replicate=cfg.data_parallel_replicate_dim, shard=cfg.data_parallel_shard_dim)
+        world = start_world(cfg.device, **cfg.mesh_dims)
         trainer = Trainer(cfg, world)
         found: list[float] = []
         while len(found) < min(steps, trainer.total_steps):

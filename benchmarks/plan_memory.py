@@ -53,7 +53,7 @@ def measure(cfg: TrainConfig) -> Measured:
     """
     gc.collect()  # what an earlier run left would be released, and counted, in this one
     with muted_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        world = start_world(cfg.device, replicate=cfg.data_parallel_replicate_dim, shard=cfg.data_parallel_shard_dim)
+        world = start_world(cfg.device, **cfg.mesh_dims)
         trainer = Trainer(cfg, world)
         for _ in range(2):
             with record_function(STEP):

@@ -35,13 +35,7 @@ def recipe_main(cfg: DictConfig) -> int:
     )
     try:
         checked = load_config(cfg)
-        world = start_world(
-            checked.device,
-            replicate=checked.data_parallel_replicate_dim,
-            shard=checked.data_parallel_shard_dim,
-            context=checked.context_parallel_dim,
-            tensor=checked.tensor_parallel_dim,
-        )
+        world = start_world(checked.device, **checked.mesh_dims)
         Trainer(checked, world).train()
     except (ConfigError, NonFiniteLossError) as error:
         # Rank 0 for everybody; for what is wrong on another machine only (a missing file), its first process.

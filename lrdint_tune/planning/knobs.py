@@ -45,13 +45,7 @@ class Knobs:
     @classmethod
     def from_config(cls, cfg: TrainConfig, world_size: int) -> Knobs:
         """Raises ConfigError when the mesh or the global batch does not fit ``world_size``."""
-        mesh = mesh_shape(
-            world_size,
-            cfg.data_parallel_replicate_dim,
-            cfg.data_parallel_shard_dim,
-            cfg.context_parallel_dim,
-            cfg.tensor_parallel_dim,
-        )
+        mesh = mesh_shape(world_size, **cfg.mesh_dims)
         return cls(
             replicate=mesh.replicate,
             shard=mesh.shard,

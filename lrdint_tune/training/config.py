@@ -181,6 +181,16 @@ class TrainConfig(RunConfig):
             )
         _known("checkpointer", self.checkpointer, ("checkpoint_dir", "base_model_name_or_path"))
 
+    @property
+    def mesh_dims(self) -> dict[str, int]:
+        """The sizes asked for, as :func:`~lrdint_tune.training.world.mesh_shape` and ``start_world`` take them."""
+        return {
+            "replicate": self.data_parallel_replicate_dim,
+            "shard": self.data_parallel_shard_dim,
+            "context": self.context_parallel_dim,
+            "tensor": self.tensor_parallel_dim,
+        }
+
 
 _Config = TypeVar("_Config")
 

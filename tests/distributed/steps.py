@@ -50,13 +50,7 @@ def read_config(file: Path, changes: dict[str, Any]) -> TrainConfig:
 
 def start_trainer(file: Path, changes: dict[str, Any]) -> Trainer:
     cfg = read_config(file, changes)
-    world = start_world(
-        cfg.device,
-        replicate=cfg.data_parallel_replicate_dim,
-        shard=cfg.data_parallel_shard_dim,
-        context=cfg.context_parallel_dim,
-        tensor=cfg.tensor_parallel_dim,
-    )
+    world = start_world(cfg.device, **cfg.mesh_dims)
     return Trainer(cfg, world)
 
 
