@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 
 from lrdint_tune.attention import method_options
 from lrdint_tune.errors import ConfigError
+from lrdint_tune.exit_codes import BAD_INPUT, NONFINITE
 from lrdint_tune.hosts.attach import attached
 from lrdint_tune.hosts.config import HostConfig
 from lrdint_tune.hosts.data import LabelledBatch, LabelledLoader, LabelledTexts
@@ -55,9 +56,6 @@ from lrdint_tune.training.trainer import CALIBRATION_BATCHES
 from lrdint_tune.training.world import resolve_device
 
 log = logging.getLogger(__name__)
-
-EXIT_BAD_INPUT = 2
-EXIT_NONFINITE = 3
 
 
 class Finetuning:
@@ -249,7 +247,7 @@ def recipe_main(cfg: DictConfig) -> int:
         Finetuning(load_config(cfg, HostConfig)).train()
     except (ConfigError, NonFiniteLossError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return EXIT_BAD_INPUT if isinstance(error, ConfigError) else EXIT_NONFINITE
+        return BAD_INPUT if isinstance(error, ConfigError) else NONFINITE
     return 0
 
 

@@ -17,13 +17,11 @@ from omegaconf import DictConfig
 from torchtune import config
 
 from lrdint_tune.errors import ConfigError
+from lrdint_tune.exit_codes import BAD_INPUT, NONFINITE
 from lrdint_tune.training.config import load_config
 from lrdint_tune.training.nonfinite import NonFiniteLossError
 from lrdint_tune.training.trainer import Trainer
 from lrdint_tune.training.world import end_world, start_world
-
-EXIT_BAD_INPUT = 2
-EXIT_NONFINITE = 3
 
 
 @config.parse
@@ -41,7 +39,7 @@ def recipe_main(cfg: DictConfig) -> int:
         # Rank 0 for everybody; for what is wrong on another machine only (a missing file), its first process.
         if is_main or os.environ.get("LOCAL_RANK") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
-        return EXIT_BAD_INPUT if isinstance(error, ConfigError) else EXIT_NONFINITE
+        return BAD_INPUT if isinstance(error, ConfigError) else NONFINITE
     finally:
         end_world()
     return 0

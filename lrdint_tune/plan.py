@@ -21,15 +21,13 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune import config
 
 from lrdint_tune.errors import ConfigError
+from lrdint_tune.exit_codes import BAD_INPUT, DOES_NOT_FIT
 from lrdint_tune.planning.advice import advise
 from lrdint_tune.planning.options import PlanOptions
 from lrdint_tune.planning.plan import Planner
 from lrdint_tune.planning.report import as_json, as_text
 from lrdint_tune.planning.skeleton import fake_world
 from lrdint_tune.training.config import load_config
-
-EXIT_BAD_INPUT = 2
-EXIT_DOES_NOT_FIT = 4
 
 
 @config.parse
@@ -54,8 +52,8 @@ def recipe_main(cfg: DictConfig) -> int:
                 ) from error
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return EXIT_BAD_INPUT
-    return EXIT_DOES_NOT_FIT if plan.fits is False else 0
+        return BAD_INPUT
+    return DOES_NOT_FIT if plan.fits is False else 0
 
 
 if __name__ == "__main__":

@@ -12,13 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from lrdint_tune.exit_codes import BAD_INPUT
 from lrdint_tune.export import save_hf_folder
 from lrdint_tune.models import llama3_2
 from tests.common.tiny_run import SIZES, write_tokenizer
 from tests.distributed.harness import run_recipe
 from tests.integration.runs import tree
-
-BAD_INPUT = 2
 
 
 def overrides(*values: str) -> Callable[[Path, Path], list[str]]:

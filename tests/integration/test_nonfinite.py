@@ -12,13 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lrdint_tune.exit_codes import NONFINITE
 from lrdint_tune.training.data import Batch, BatchLoader
 from lrdint_tune.training.trainer import Trainer
 from tests.common.tiny_run import read_losses
 from tests.distributed.harness import run_recipe
 from tests.integration.runs import checkpoints, killed, tree
-
-NONFINITE = 3
 
 
 def _bad_batch(step: int, rank: int, value: float) -> None:
