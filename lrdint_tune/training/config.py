@@ -7,11 +7,12 @@ where they are used.
 from __future__ import annotations
 
 import difflib
+import math
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints, overload
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from lrdint_tune.errors import ConfigError
 from lrdint_tune.training.memory import check_memory
@@ -80,8 +81,8 @@ class RunConfig:
             raise ConfigError(f"seed={self.seed}: must not be negative")
         for key in ("clip_grad_norm", "lam_lr"):
             value = getattr(self, key)
-            if value is not None and value <= 0:
-                raise ConfigError(f"{key}={value}: must be positive; leave it out to switch it off")
+            if value is not None and not 0 < value < math.inf:  # NaN is refused too
+                raise ConfigError(f"{key}={value}: must be a positive number; leave it out to switch it off")
         if self.gradient_accumulation_steps and self.global_batch_size:
             raise ConfigError(
                 f"global_batch_size={self.global_batch_size}: also gradient_accumulation_steps="
@@ -171,7 +172,7 @@ class TrainConfig(RunConfig):
             raise ConfigError(
                 f"run_val_every_n_steps={self.run_val_every_n_steps}: there is no dataset_val; add that section"
             )
-        if self.peak_tflops is not None and self.peak_tflops <= 0:
+        if self.peak_tflops is not None and not 0 < self.peak_tflops < math.inf:
             raise ConfigError(f"peak_tflops={self.peak_tflops:g}: must be positive; leave it out if it is not known")
         check_memory(self)
         check_profiler(self.profiler)
@@ -211,7 +212,13 @@ def load_config(cfg: DictConfig | dict[str, Any], kind: type[Any] = TrainConfig)
         not resolve.
     """
     try:
-        raw = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else dict(cfg)
+        raw = (
+            OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+            if isinstance(cfg, DictConfig)
+            else dict(cfg)
+        )
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{error.full_key}=???: a value that was left open; give it") from None
     except OmegaConfBaseException as error:
         raise ConfigError(f"config: {str(error).splitlines()[0]}; check the ${{...}} references") from None
     assert isinstance(raw, dict)

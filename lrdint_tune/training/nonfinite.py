@@ -9,11 +9,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lrdint_tune.errors import ReportedError
+from lrdint_tune.exit_codes import NONFINITE
 from lrdint_tune.training.data import Batch
 
 
-class NonFiniteLossError(RuntimeError):
+class NonFiniteLossError(ReportedError):
     """The loss or the gradient became NaN or infinite; the message names the step and the rows of the batch."""
+
+    exit_code = NONFINITE
 
 
 def stop_for_nonfinite(
