@@ -15,6 +15,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torchtune.config._utils import _merge_yaml_and_cli_args
+from tqdm import tqdm
 
 from lrdint_tune.errors import ConfigError, ReportedError
 
@@ -39,7 +40,7 @@ def recipe(
         def command() -> NoReturn:
             # Before anything is parsed: libraries must not set up a log of their own.
             level = log_level if is_main() else logging.WARNING
-            logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr, force=True)
+            logging.basicConfig(level=level, format="%(message)s", handlers=[_AboveTheBar(sys.stderr)], force=True)
             try:
                 code = main(read_config(sys.argv[1:], main.__doc__))
             except ReportedError as error:
@@ -53,6 +54,13 @@ def recipe(
         return command
 
     return decorate
+
+
+class _AboveTheBar(logging.StreamHandler):
+    """Each message on a line of its own, also while a progress bar is drawn."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=self.stream)
 
 
 def is_main() -> bool:

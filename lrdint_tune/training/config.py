@@ -22,6 +22,8 @@ from lrdint_tune.training.trainable import TRAINABLE_GROUPS
 
 Section = dict[str, Any]
 
+DEFAULT_SKIPPED_STEPS = 10
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -122,6 +124,8 @@ class TrainConfig(RunConfig):
     fsdp_cpu_offload: bool = False
     fsdp_reshard_after_forward: bool = True
     optimizer_in_bwd: bool = False
+    on_nonfinite: str = "stop"
+    max_skipped_steps: int | None = None
     compile: bool = False
     fp8: str = "none"
     fp8_all_gather: bool = False
@@ -139,6 +143,17 @@ class TrainConfig(RunConfig):
         super().__post_init__()
         check_choice("fp8", self.fp8, FP8_RECIPES)
         check_choice("quantize_base", self.quantize_base, ("none", "nf4"))
+        check_choice("on_nonfinite", self.on_nonfinite, ("stop", "skip_step"))
+        if self.max_skipped_steps is not None and self.on_nonfinite == "stop":
+            raise ConfigError(
+                f"max_skipped_steps={self.max_skipped_steps}: has no effect with on_nonfinite='stop'; set "
+                "on_nonfinite=skip_step, or remove it"
+            )
+        if self.optimizer_in_bwd and self.on_nonfinite == "skip_step":
+            raise ConfigError(
+                "on_nonfinite='skip_step': with optimizer_in_bwd=true the parameters are updated before the gradient "
+                "is known to be finite; use on_nonfinite=stop"
+            )
         check_choice("ac_mode", self.ac_mode, ("full", "every_k", "selective"))
         if self.ac_mode == "every_k" and self.ac_option is None:
             raise ConfigError(
@@ -148,6 +163,7 @@ class TrainConfig(RunConfig):
             raise ConfigError(f"ac_option={self.ac_option}: has no effect with ac_mode={self.ac_mode!r}; remove it")
         self._at_least_one(
             "ac_option",
+            "max_skipped_steps",
             "save_every_n_steps",
             "keep_last_n_checkpoints",
             "run_val_every_n_steps",
@@ -181,6 +197,11 @@ class TrainConfig(RunConfig):
                 f"checkpointer={self.checkpointer}: has no checkpoint_dir; give the folder of the pretrained weights"
             )
         _known("checkpointer", self.checkpointer, ("checkpoint_dir", "base_model_name_or_path"))
+
+    @property
+    def skipped_steps_limit(self) -> int:
+        """How many steps a run may skip: 10 if ``max_skipped_steps`` does not say."""
+        return self.max_skipped_steps or DEFAULT_SKIPPED_STEPS
 
     @property
     def mesh_dims(self) -> dict[str, int]:
