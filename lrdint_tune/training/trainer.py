@@ -22,8 +22,7 @@ from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
 from lrdint_tune.attention import DocumentMask
 from lrdint_tune.errors import ConfigError
 from lrdint_tune.models.decoder import LlamaDecoder, is_method_tensor
-from lrdint_tune.models.hf import check_hf_config, iter_hf_folder, weights_digest
-from lrdint_tune.models.spec import ModelSpec
+from lrdint_tune.models.hf import check_hf_config, weights_digest
 from lrdint_tune.training import startup
 from lrdint_tune.training.checkpoint import CheckpointManager, check_same_run
 from lrdint_tune.training.compilation import uncompiled
@@ -50,7 +49,7 @@ from lrdint_tune.training.results import write_results
 from lrdint_tune.training.schedule import learning_rates, restore_schedule, schedule_state
 from lrdint_tune.training.trainable import optimizer_groups, parameter_table, set_trainable
 from lrdint_tune.training.updates import build_updates
-from lrdint_tune.training.weights import initial_method_state, load_weights, materialise
+from lrdint_tune.training.weights import file_spec, initial_method_state, load_weights, materialise, pretrained_tensors
 from lrdint_tune.training.world import World
 
 log = logging.getLogger(__name__)
@@ -79,7 +78,7 @@ class Trainer:
 
         # The model first, without memory: a wrong option must not wait for the data to be tokenised.
         model = build_model(cfg)
-        check_hf_config(self.checkpoint_dir, self.file_spec(model.spec))
+        check_hf_config(self.checkpoint_dir, file_spec(model.spec, untie_lm_head=cfg.untie_lm_head))
         tokenizer = build_tokenizer(cfg.tokenizer)
         check_parallel(model, cfg, world.device, world.mesh["shard"].size())
         self.accumulation = accumulation_steps(cfg, world.data_size)
@@ -138,11 +137,6 @@ class Trainer:
 
     # ------------------------------------------------------------------ building
 
-    def file_spec(self, spec: ModelSpec) -> ModelSpec:
-        """The model as the pretrained files know it: with ``untie_lm_head`` their head is still the embedding
-        matrix."""
-        return dataclasses.replace(spec, tie_word_embeddings=True) if self.cfg.untie_lm_head else spec
-
     def _load_model(self, model: LlamaDecoder) -> LlamaDecoder:
         new_tensors = initial_method_state(model, self.cfg.seed)
         parallelize(model, self.cfg, self.world)
@@ -153,11 +147,10 @@ class Trainer:
     def _weights(self, new_tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         yield from new_tensors.items()
         # After the start values: a folder of this project brings the method's trained tensors along.
-        for name, tensor in iter_hf_folder(self.checkpoint_dir, self.file_spec(self.spec)):
+        untie = self.cfg.untie_lm_head
+        for name, tensor in pretrained_tensors(self.checkpoint_dir, self.spec, untie_lm_head=untie):
             self.continues_method |= is_method_tensor(name)
             yield name, tensor
-            if self.cfg.untie_lm_head and name == "tok_embeddings.weight":
-                yield "output.weight", tensor
 
     def _calibrate(self) -> None:
         """Show the methods the first global batches, however they are spread over ranks; training starts with the same
@@ -206,6 +199,8 @@ class Trainer:
         return {
             "step": self.step,
             "run": self.run_identity(),
+            "spec": dataclasses.asdict(self.spec),  # with the config, all that a consolidation needs
+            "config": dataclasses.asdict(self.cfg),
             "leaks_future": self.spec.leaks_future,
             "skipped_steps": self.nonfinite.skipped,
             "loader": self.loader.state_dict(),
