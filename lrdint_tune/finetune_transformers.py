@@ -46,7 +46,7 @@ from lrdint_tune.hosts.model import (
 )
 from lrdint_tune.hosts.saving import check_folder, save
 from lrdint_tune.training import startup
-from lrdint_tune.training.components import build, build_recorder, build_tokenizer
+from lrdint_tune.training.components import bad_row_counts, build, build_recorder, build_tokenizer
 from lrdint_tune.training.config import Section, load_config
 from lrdint_tune.training.data import IGNORE_INDEX, Batch, BatchLoader, TokenisedDataset
 from lrdint_tune.training.metrics import Progress
@@ -153,6 +153,8 @@ class Finetuning:
         cfg, recorder = self.cfg, self.recorder
         recorder.open(resumed_step=0)
         recorder.log_text("config", f"```yaml\n{OmegaConf.to_yaml(dataclasses.asdict(cfg))}\n```")
+        if skipped := bad_row_counts(cfg, self.loader, self.loader_val):
+            recorder.log(skipped, 0)
         progress = Progress(self.total_steps, 0, enabled=True)
         try:
             self._calibrate()

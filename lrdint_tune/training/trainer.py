@@ -29,6 +29,7 @@ from lrdint_tune.training.checkpoint import CheckpointManager, check_same_run
 from lrdint_tune.training.compilation import uncompiled
 from lrdint_tune.training.components import (
     accumulation_steps,
+    bad_row_counts,
     build,
     build_loader,
     build_model,
@@ -399,6 +400,8 @@ class Trainer:
         self.recorder.open(resumed_step=self.step)
         if self.step == 0:
             self.recorder.log_text("config", f"```yaml\n{OmegaConf.to_yaml(dataclasses.asdict(self.cfg))}\n```")
+            if skipped := bad_row_counts(self.cfg, self.loader, self.loader_val):
+                self.recorder.log(skipped, 0)
         return self.recorder
 
     # ------------------------------------------------------------------ results
