@@ -16,6 +16,7 @@ from lrdint_tune.training.data.encode import Conversation, Document, Encoder, Pr
 from lrdint_tune.training.data.files import OnBadRow
 from lrdint_tune.training.data.ranks import is_main_process
 from lrdint_tune.training.data.sources import load_rows
+from lrdint_tune.training.data.watch import WatchedFiles
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ class TokenisedDataset:
         token_counts: int64 [len(self)], tokens of each example.
         label_counts: int64 [len(self)], trained tokens of each example, all > 0.
         row_numbers: int64 [len(self)], row of the source each example comes from (counting from 0).
+        files: what the rows are read from.
         digest: hexadecimal digest of all tokens and label boundaries; equal data, equal digest.
         truncated, split, unlabelled: numbers of rows that were cut, split, left out.
         bad_rows: number of rows left out because something is wrong with them (``on_bad_row=skip``).
@@ -61,6 +63,7 @@ class TokenisedDataset:
         where: str = "dataset",
     ) -> None:
         self.where = where
+        self.files = WatchedFiles(file["filename"] for file in table.cache_files)
         chunks = table.data.column("tokens").chunks
         # Zero-copy views of the memory map: one flat array of ids and one of offsets per record batch.
         self._ids = [chunk.values.to_numpy(zero_copy_only=True) for chunk in chunks]

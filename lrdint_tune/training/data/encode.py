@@ -5,14 +5,17 @@ import json
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import datasets
 import numpy as np
+import pyarrow as pa
 from datasets.fingerprint import Hasher
 
 from lrdint_tune.errors import ConfigError
 from lrdint_tune.training.data.files import BAD_ROW, OnBadRow, check_conversation, check_text
+from lrdint_tune.training.data.sources import cache_error
 
 # Part of the cache key of tokenised rows: raise it when the columns below or their meaning change.
 _FORMAT_VERSION = 2
@@ -201,18 +204,29 @@ def tokenise(rows: datasets.Dataset, function: RowEncoder, num_proc: int | None 
     processes may do this at once.
 
     Raises:
-        ConfigError: a bad row, with its number and column, unless ``function`` skips it.
+        ConfigError: a bad row, with its number and column, unless ``function`` skips it; Arrow files that cannot be
+            written or are damaged.
     """
-    return rows.map(
-        function,
-        batched=True,
-        with_indices=True,
-        remove_columns=rows.column_names,
-        features=TOKEN_FEATURES,
-        num_proc=num_proc,
-        new_fingerprint=_cache_key(rows, function),
-        desc="Tokenising",
-    )
+    try:
+        table = rows.map(
+            function,
+            batched=True,
+            with_indices=True,
+            remove_columns=rows.column_names,
+            features=TOKEN_FEATURES,
+            num_proc=num_proc,
+            new_fingerprint=_cache_key(rows, function),
+            desc="Tokenising",
+        )
+    except (OSError, pa.ArrowInvalid) as error:
+        raise cache_error(error, _folder(rows)) from error
+    if len(table) != len(rows):  # cut off between two of its blocks
+        raise cache_error(ValueError(f"{len(table)} of {len(rows)} rows in {table.cache_files}"), _folder(rows))
+    return table
+
+
+def _folder(rows: datasets.Dataset) -> str | None:
+    return str(Path(rows.cache_files[0]["filename"]).parent) if rows.cache_files else None
 
 
 def _cache_key(rows: datasets.Dataset, function: RowEncoder) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 from datasets.exceptions import DatasetGenerationError
 
 from lrdint_tune.errors import ConfigError
@@ -110,9 +111,24 @@ def _local(
             gen_kwargs={"paths": tuple(paths), **options},
         )
     except DatasetGenerationError as error:
-        if isinstance(error.__cause__, ConfigError):
-            raise error.__cause__ from None
+        cause = error.__cause__
+        if isinstance(cause, ConfigError):
+            raise cause from None
+        if isinstance(cause, OSError):
+            raise cache_error(cause, cache_dir) from error
         raise
+    except (OSError, pa.ArrowInvalid) as error:
+        raise cache_error(error, cache_dir) from error
+
+
+def cache_error(error: Exception, folder: str | None) -> ConfigError:
+    """For Arrow files that cannot be written (a full disk) or were damaged after they had been."""
+    folder = folder or str(datasets.config.HF_DATASETS_CACHE)
+    reason = " ".join(str(error).split())
+    return ConfigError(
+        f"dataset.cache_dir={folder!r}: cannot be written or is damaged ({reason}); make room there, or remove what "
+        "is named or the whole folder: it is made again"
+    )
 
 
 def _checked_separator(separator: str | None) -> str | None:
