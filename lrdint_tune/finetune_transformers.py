@@ -49,8 +49,8 @@ from lrdint_tune.training import startup
 from lrdint_tune.training.components import bad_row_counts, build, build_recorder, build_tokenizer
 from lrdint_tune.training.config import Section, load_config
 from lrdint_tune.training.data import IGNORE_INDEX, Batch, BatchLoader, TokenisedDataset
-from lrdint_tune.training.metrics import Progress
 from lrdint_tune.training.nonfinite import NonFiniteLossError
+from lrdint_tune.training.progress import Progress
 from lrdint_tune.training.trainable import optimizer_groups
 from lrdint_tune.training.trainer import CALIBRATION_BATCHES
 from lrdint_tune.training.world import resolve_device
@@ -90,6 +90,7 @@ class Finetuning:
         self.steps_per_epoch = min(steps, cfg.max_steps_per_epoch or steps)
         self.total_steps = self.steps_per_epoch * cfg.epochs
         self.recorder = build_recorder(cfg)
+        self.recorder.check()
 
         torch.manual_seed(cfg.seed)
         self.model = self._build(weights=True).to(self.device)  # type: ignore[arg-type]  # a decorated nn.Module.to

@@ -42,11 +42,12 @@ from lrdint_tune.training.flops import training_flops_per_token
 from lrdint_tune.training.gradients import diagnostics
 from lrdint_tune.training.hardware import device_peak
 from lrdint_tune.training.memory import check_device, check_passes
-from lrdint_tune.training.metrics import Progress, TensorBoardLogger, Throughput, memory_values
+from lrdint_tune.training.metrics import TensorBoardLogger
 from lrdint_tune.training.nonfinite import NonFiniteSteps, rows_of
 from lrdint_tune.training.parallelize import check_parallel, parallelize
 from lrdint_tune.training.precision import check_precision_device, describe_precision
 from lrdint_tune.training.profiling import ProfilerWindow
+from lrdint_tune.training.progress import Progress, Throughput, memory_values
 from lrdint_tune.training.results import write_results
 from lrdint_tune.training.schedule import learning_rates, restore_schedule, schedule_state
 from lrdint_tune.training.trainable import optimizer_groups, parameter_table, set_trainable
@@ -104,6 +105,7 @@ class Trainer:
         if world.is_main:
             startup.warn(model.methods(), cfg)
         self.recorder = build_recorder(cfg)
+        world.on_main(self.recorder.check)
         self.profiler = ProfilerWindow(cfg.profiler, self.recorder.log_dir, world, self.total_steps)
 
         self.step = 0
