@@ -4,7 +4,7 @@
     tune run --nproc_per_node 2 lrdint_tune/full_finetune_distributed --config configs/quickstart.yaml
     torchrun --nproc_per_node 8 -m lrdint_tune.full_finetune_distributed --config configs/llama3_2_1b_dint.yaml
 
-Exit codes: 0 done, 2 bad input, 3 NaN or infinite loss.
+Exit codes: lrdint_tune/exit_codes.py.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torchtune import config
 from lrdint_tune.errors import ConfigError
 from lrdint_tune.exit_codes import BAD_INPUT, NONFINITE
 from lrdint_tune.training.config import load_config
+from lrdint_tune.training.interruption import Interruption, Stopped
 from lrdint_tune.training.nonfinite import NonFiniteLossError
 from lrdint_tune.training.trainer import Trainer
 from lrdint_tune.training.world import end_world, start_world
@@ -31,10 +32,14 @@ def recipe_main(cfg: DictConfig) -> int:
     logging.basicConfig(
         level=logging.INFO if is_main else logging.WARNING, format="%(message)s", stream=sys.stderr, force=True
     )
+    interruption = Interruption()
+    interruption.install()
     try:
         checked = load_config(cfg)
         world = start_world(checked.device, **checked.mesh_dims)
-        Trainer(checked, world).train()
+        Trainer(checked, world, interruption=interruption).train()
+    except Stopped as stop:
+        return stop.exit_code
     except (ConfigError, NonFiniteLossError) as error:
         # Rank 0 for everybody; for what is wrong on another machine only (a missing file), its first process.
         if is_main or os.environ.get("LOCAL_RANK") == "0":
