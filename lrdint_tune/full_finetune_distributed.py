@@ -14,13 +14,16 @@ import os
 import sys
 
 from omegaconf import DictConfig
+from torch.distributed.checkpoint import CheckpointException
 from torchtune import config
 
 from lrdint_tune.errors import ConfigError
-from lrdint_tune.exit_codes import BAD_INPUT, NONFINITE
+from lrdint_tune.exit_codes import BAD_INPUT, CRASH, DONE, NONFINITE
 from lrdint_tune.training.config import load_config
+from lrdint_tune.training.heartbeat import Heartbeat
 from lrdint_tune.training.interruption import Interruption, Stopped
 from lrdint_tune.training.nonfinite import NonFiniteLossError
+from lrdint_tune.training.pulse import Pulse
 from lrdint_tune.training.trainer import Trainer
 from lrdint_tune.training.world import end_world, start_world
 
@@ -32,22 +35,31 @@ def recipe_main(cfg: DictConfig) -> int:
     logging.basicConfig(
         level=logging.INFO if is_main else logging.WARNING, format="%(message)s", stream=sys.stderr, force=True
     )
-    interruption = Interruption()
-    interruption.install()
+    interruption, pulse = Interruption(), Pulse()
+    heartbeat = Heartbeat(pulse)
+    interruption.install(before_exit=heartbeat.yield_to_others)
+    code = CRASH
     try:
         checked = load_config(cfg)
         world = start_world(checked.device, **checked.mesh_dims)
-        Trainer(checked, world, interruption=interruption).train()
+        heartbeat.start(checked.train_timeout_seconds)
+        Trainer(checked, world, interruption=interruption, pulse=pulse).train()
+        code = DONE
     except Stopped as stop:
-        return stop.exit_code
+        code = stop.exit_code
     except (ConfigError, NonFiniteLossError) as error:
         # Rank 0 for everybody; for what is wrong on another machine only (a missing file), its first process.
         if is_main or os.environ.get("LOCAL_RANK") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
-        return BAD_INPUT if isinstance(error, ConfigError) else NONFINITE
+        code = BAD_INPUT if isinstance(error, ConfigError) else NONFINITE
+    except (RuntimeError, CheckpointException):
+        heartbeat.blame_others()
+        raise
     finally:
+        interruption.ignore()  # torchrun's SIGTERM, sent when another rank has ended, must not change the code
+        heartbeat.leave(code)
         end_world()
-    return 0
+    return code
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ from lrdint_tune.training.nonfinite import rows_of, stop_for_nonfinite
 from lrdint_tune.training.parallelize import check_parallel, parallelize
 from lrdint_tune.training.precision import check_precision_device, describe_precision
 from lrdint_tune.training.profiling import ProfilerWindow
+from lrdint_tune.training.pulse import Pulse
 from lrdint_tune.training.results import write_results
 from lrdint_tune.training.schedule import learning_rates, restore_schedule, schedule_state
 from lrdint_tune.training.trainable import optimizer_groups, parameter_table, set_trainable
@@ -66,14 +67,22 @@ class Trainer:
         cfg: the checked config.
         world: this process among the others.
         interruption: the signals to listen to; without it there are none.
+        pulse: told what is being done, for those who watch.
 
     Raises:
         ConfigError: for anything in the config, the files or the data that is wrong.
     """
 
-    def __init__(self, cfg: TrainConfig, world: World, *, interruption: Interruption | None = None) -> None:
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        world: World,
+        *,
+        interruption: Interruption | None = None,
+        pulse: Pulse | None = None,
+    ) -> None:
         self.cfg, self.world = cfg, world
-        self.interruption = interruption or Interruption()
+        self.interruption, self.pulse = interruption or Interruption(), pulse or Pulse()
         check_precision_device(cfg, world.device)
         torch.manual_seed(cfg.seed)
         self.output_dir = Path(cfg.output_dir)
@@ -278,6 +287,7 @@ class Trainer:
                     self._record_validation(recorder, progress)
                     throughput.reset()
                 if last or (cfg.save_every_n_steps and self.step % cfg.save_every_n_steps == 0):
+                    self.pulse.enter("saving", self.step)
                     self.save()
                     throughput.reset()
                 self.profiler.step()
@@ -291,12 +301,14 @@ class Trainer:
             if recorder is not None:
                 recorder.close()
         self.interruption.defer("the results are written to the end")
+        self.pulse.enter("writing the results", self.step)
         self.export()
         if recorder is not None:
             self._report(recorder)
 
     def _save_and_stop(self) -> None:
         """Save the last finished step, unless that is done or there is none."""
+        self.pulse.enter("saving", self.step)
         if self.step and not self.world.on_main(lambda: self.step in self.checkpoints.steps()):
             self.save()
         # A rank that ends makes torchrun send SIGTERM to the others: not before all of them are deaf to it.
@@ -324,6 +336,7 @@ class Trainer:
     def _train_step(self, logging_step: bool) -> tuple[dict[str, float], float, float]:
         """One optimizer step; returns its scalars, its input tokens over all ranks and the seconds spent waiting for
         data."""
+        self.pulse.enter("training", self.step + 1, watch=True)
         start = time.perf_counter()
         before = self.loader.epoch, self.loader.position
         if self.step % self.steps_per_epoch == 0:
@@ -345,6 +358,7 @@ class Trainer:
         if any(signals):  # the step is not made, so its data are the next one's
             self.loader.epoch, self.loader.position = before
             stop_if_any(signals)
+        self.pulse.mark()
         copies = self.world.size // self.world.data_size  # ranks that share a sequence or a layer count the same batch
         label_tokens, input_tokens = label_tokens / copies, input_tokens / copies
         if not label_tokens:
@@ -363,6 +377,7 @@ class Trainer:
                 # FSDP2 averages gradients over the ranks that hold parts of the loss; it is per token over all of them.
                 (loss * (self.world.size // self.world.tensor_size / label_tokens)).backward()
             losses.append(loss.detach())
+            self.pulse.mark()
         loss = torch.stack(losses).sum().double()
         dist.all_reduce(loss)
         average = loss.item() / self.world.tensor_size / label_tokens
@@ -404,6 +419,7 @@ class Trainer:
     def validate(self) -> float:
         """NLL per trained token over ``dataset_val``, in nats, teacher-forced."""
         assert self.loader_val is not None
+        self.pulse.enter("validation", self.step, watch=True)
         total = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         self.model.enable_diagnostics(False)
         self.model.eval()  # the adapters' dropout
@@ -411,6 +427,7 @@ class Trainer:
             self._stop_if_interrupted()
             total[0] += self._loss(self.loader_val, batch).double()
             total[1] += batch.num_label_tokens / self.world.context_size
+            self.pulse.mark()
         self.model.train()
         dist.all_reduce(total)
         return float(total[0] / total[1])
