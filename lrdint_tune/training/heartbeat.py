@@ -139,8 +139,13 @@ class Heartbeat:
                 self._answered = self._awake
                 if left is not None:
                     self._left_told.set()
-            except RuntimeError:  # the clock counts how long that goes on
-                pass
+            except RuntimeError:
+                # The connection is closed and will not come back. Either rank 0 has finished, or the clock says so
+                # soon, unless something that explains it comes first.
+                if 0 in self._seen and self._seen[0].beat.left == 0:
+                    self._store = None
+                self._hurry = True
+                self._left_told.set()
             self._wake.wait(self.interval)
             self._wake.clear()
 
@@ -212,7 +217,7 @@ class Heartbeat:
         least = min(seen.beat.marks for seen in present.values())
         behind = {rank: seen for rank, seen in present.items() if seen.beat.marks == least}
         idle = self._awake - max(seen.marks_since for seen in behind.values())
-        if idle < self.timeout - 2 * self.interval or not all(seen.beat.watched for seen in behind.values()):
+        if idle <= self.timeout - 2 * self.interval or not all(seen.beat.watched for seen in behind.values()):
             return
         if len(behind) == len(present):
             # All at the same mark: those wait that are in a collective, and nobody is lost as long as all compute.
