@@ -118,6 +118,7 @@ class TrainConfig(RunConfig):
     trainable: list[str] = field(default_factory=lambda: ["adapter", "attention"])
     untie_lm_head: bool = False
     # Machine
+    init_timeout_seconds: int = 300
     data_parallel_replicate_dim: int = 1
     data_parallel_shard_dim: int = -1
     tensor_parallel_dim: int = 1
@@ -168,6 +169,7 @@ class TrainConfig(RunConfig):
         if self.ac_mode != "every_k" and self.ac_option is not None:
             raise ConfigError(f"ac_option={self.ac_option}: has no effect with ac_mode={self.ac_mode!r}; remove it")
         self._at_least_one(
+            "init_timeout_seconds",
             "ac_option",
             "max_skipped_steps",
             "save_every_n_steps",

@@ -99,8 +99,9 @@ class Heartbeat:
         if self.size > 1:
             # A connection of its own: another thread may wait for an answer on the group's.
             store: Any = dist.distributed_c10d._get_default_store()  # its type leaves clone() out
-            self._store = dist.PrefixStore("heartbeat", store.clone())
-            self._store.set(str(self.rank), _encode(self._beat(0)))
+            own = dist.PrefixStore("heartbeat", store.clone())
+            own.set(str(self.rank), _encode(self._beat(0)))
+            self._store = own
             dist.barrier()  # from here on everybody has a beat
             threading.Thread(target=self._beats, name="heartbeat", daemon=True).start()
         threading.Thread(target=self._clock, name="heartbeat-clock", daemon=True).start()
