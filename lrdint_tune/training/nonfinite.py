@@ -23,7 +23,7 @@ def stop_for_nonfinite(
     batches: Sequence[Batch],
     losses: Sequence[Tensor],
     updated: str,
-    checkpoints: Sequence[int],
+    standing: str,
 ) -> NoReturn:
     """Say where it came from; every rank must call it.
 
@@ -34,7 +34,7 @@ def stop_for_nonfinite(
         batches: this rank's micro-batches.
         losses: of each of them.
         updated: what has become of the parameters.
-        checkpoints: the steps that have one, oldest first.
+        standing: which checkpoint there is to go back to.
 
     Raises:
         NonFiniteLossError: always.
@@ -48,8 +48,7 @@ def stop_for_nonfinite(
         if rows
         else f"dataset rows {rows_of(batches)[:20]} (loss finite, gradient not)"
     )
-    stands = f"checkpoint step-{checkpoints[-1]} stands" if checkpoints else "there is no checkpoint yet"
-    raise NonFiniteLossError(f"step {step}: loss {loss}, gradient norm {norm}; {where}; {updated}; {stands}")
+    raise NonFiniteLossError(f"step {step}: loss {loss}, gradient norm {norm}; {where}; {updated}; {standing}")
 
 
 def rows_of(batches: Sequence[Batch]) -> list[int]:

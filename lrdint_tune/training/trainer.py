@@ -108,14 +108,11 @@ class Trainer:
         self.step = 0
         self.continues_method = False  # until the weights show that they hold the method's tensors
         self.checkpoints = CheckpointManager(
-            self.output_dir / "checkpoints", keep_last_n=cfg.keep_last_n_checkpoints, is_main=world.is_main
+            self.output_dir / "checkpoints", keep_last_n=cfg.keep_last_n_checkpoints, world=world
         )
-        # One rank looks: on a network file system two ranks may see two different latest checkpoints.
-        world.on_main(self.checkpoints.check_writable)
-        world.on_main(self.checkpoints.recover)
         if cfg.resume != "auto" and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) and world.is_main:
             log.warning("resume=%s: a restart by torchrun begins there again; auto goes on from the latest", cfg.resume)
-        resume_from, saved = world.on_main(self._find_checkpoint)
+        resume_from, saved = self.checkpoints.find(cfg.resume, self._check_checkpoint)
         if world.is_main:
             log.info("%s, method %s\n%s", cfg.model["_component_"], self.spec.method, parameter_table(model))
             for line in describe_precision(model, cfg):
@@ -177,13 +174,10 @@ class Trainer:
 
     # ------------------------------------------------------------------ state
 
-    def _find_checkpoint(self) -> tuple[Path | None, dict[str, Any] | None]:
-        path = self.checkpoints.find(self.cfg.resume)
-        if path is None:
-            return None, None
-        saved = self.checkpoints.read_state(path)
+    def _check_checkpoint(self, path: Path, saved: dict[str, Any]) -> None:
+        """Raises ConfigError if it belongs to another run or to other data."""
         check_same_run(saved["run"], self.run_identity(), path)
-        return path, saved
+        self.loader.check_state(saved["loader"])
 
     def run_identity(self) -> dict[str, Any]:
         """What must be equal for a checkpoint to be continued."""
@@ -217,7 +211,7 @@ class Trainer:
         }
 
     def _resume(self, path: Path, saved: dict[str, Any]) -> None:
-        self.checkpoints.load(path, self.model, self.optimizer)
+        self.checkpoints.load(path, saved, self.model, self.optimizer)
         self.step = saved["step"]
         self.loader.load_state_dict(saved["loader"])
         if self.scheduler is not None and saved["lr_scheduler"] is not None:
@@ -226,12 +220,12 @@ class Trainer:
                     "optimizer.lr, lam_lr: no effect, the schedule goes on with the checkpoint's learning rates %s",
                     saved["lr_scheduler"]["base_lrs"],
                 )
-        self.checkpoints.load_rng(path)
         if self.world.is_main:
             log.info("resuming from %s", path)
 
-    def save(self) -> None:
-        self.checkpoints.save(self.step, self.model, self.optimizer, self.train_state())
+    def save(self, *, wait: bool = False) -> None:
+        """Write a checkpoint of the last finished step, beside the training unless ``wait`` is set."""
+        self.checkpoints.save(self.step, self.model, self.optimizer, self.train_state(), wait=wait)
 
     # ------------------------------------------------------------------ the loop
 
@@ -243,7 +237,7 @@ class Trainer:
             the parameters in memory were), the last checkpoint stands.
         """
         cfg = self.cfg
-        self.world.on_main(lambda: self.checkpoints.set_aside_after(self.step))
+        self.checkpoints.set_aside_after(self.step)
         recorder = self._open_recorder()
         progress = Progress(self.total_steps, self.step, enabled=self.world.is_main)
         throughput = Throughput(
@@ -275,10 +269,11 @@ class Trainer:
                     self._record_validation(recorder, progress)
                     throughput.reset()
                 if last or (cfg.save_every_n_steps and self.step % cfg.save_every_n_steps == 0):
-                    self.save()
+                    self.save(wait=last)
                     throughput.reset()
                 self.profiler.step()
         finally:
+            self.checkpoints.close()
             self.profiler.stop()
             progress.close()
             if recorder is not None:
@@ -327,7 +322,7 @@ class Trainer:
         norm = self.updates.total_norm()
         if not math.isfinite(average) or not math.isfinite(norm):
             stop_for_nonfinite(
-                self.step + 1, average, norm, batches, losses, self.updates.if_nonfinite, self.checkpoints.steps()
+                self.step + 1, average, norm, batches, losses, self.updates.if_nonfinite, self.checkpoints.standing()
             )
 
         values = {"loss_metrics/global_avg_loss": average}
@@ -401,7 +396,7 @@ class Trainer:
         if self.spec.leaks_future:
             log.warning(
                 "integral=sequence: nothing exported, the model reads future tokens; its checkpoint is in %s",
-                self.checkpoints.folder,
+                self.checkpoints.folder.path,
             )
             return
         write_results(self.model, self.cfg)

@@ -14,6 +14,7 @@ from typing import Any
 import torch.distributed as dist
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lrdint_tune.training.checkpoint.folder import LOCK_FILE
 from lrdint_tune.training.trainer import Trainer
 from tests.common.tiny_run import read_losses
 from tests.distributed.harness import run_recipe
@@ -78,21 +79,23 @@ def values(output_dir: Path, tag: str) -> dict[int, float]:
 
 
 def checkpoints(output_dir: Path) -> list[str]:
-    return sorted(path.name for path in (output_dir / "checkpoints").iterdir())
+    return sorted(path.name for path in (output_dir / "checkpoints").iterdir() if path.is_dir())
 
 
 def tree(folder: Path) -> dict[str, str]:
-    """Path -> digest of every file below ``folder``."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    """Path -> digest of every file below ``folder``, but for the lock that each run takes."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != LOCK_FILE)
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def kill_at(step: int, rank: int = 0) -> None:
-    """Make ``rank`` die of SIGKILL when it starts the step after ``step``."""
+    """Make ``rank`` die of SIGKILL when it starts the step after ``step``, with no save under way."""
     original = Trainer._train_step
 
     def train_step(self: Trainer, *args: Any) -> Any:
         if self.step == step and dist.get_rank() == rank:
+            if self.checkpoints._pending is not None:
+                self.checkpoints._pending[1].result()
             os.kill(os.getpid(), signal.SIGKILL)
         return original(self, *args)
 

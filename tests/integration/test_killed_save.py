@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-import lrdint_tune.training.checkpoint as checkpoint_module
 from lrdint_tune.export.safetensors_file import SafetensorsFile
-from lrdint_tune.training.checkpoint import CheckpointManager
+from lrdint_tune.training.checkpoint import folder as folder_module
+from lrdint_tune.training.checkpoint import manager as manager_module
+from lrdint_tune.training.checkpoint.folder import CheckpointFolder
+from lrdint_tune.training.checkpoint.storage import CheckpointWriter
 from tests.distributed.harness import run_recipe
 from tests.integration.runs import KILLED, assert_same_losses, checkpoints, finished_run, killed, tree
 
@@ -39,26 +40,33 @@ def _die_instead(owner: Any, name: str, text: str) -> None:
 
 def _die_in_a_shard(step: int) -> None:
     """Leave half of a file of the checkpoint of ``step``."""
-    original = checkpoint_module.dcp.save
+    original = CheckpointWriter.write_data
 
-    def save(state: Any, *, checkpoint_id: Path) -> Any:
-        result = original(state, checkpoint_id=checkpoint_id)
-        if f"step-{step}." in checkpoint_id.name:
-            (checkpoint_id / ".metadata").unlink()
-            shard = checkpoint_id / "__0_0.distcp"
+    def write_data(self: CheckpointWriter, plan: Any, planner: Any) -> Any:
+        result = original(self, plan, planner)
+        if Path(self.path).name == f"step-{step}.partial":
+            shard = Path(self.path) / "__0_0.distcp"
             os.truncate(shard, shard.stat().st_size // 2)
             _die()
         return result
 
-    checkpoint_module.dcp.save = save
+    CheckpointWriter.write_data = write_data  # type: ignore[method-assign]
 
 
 def at_metadata() -> None:
-    _die_instead(torch, "save", "step-6.partial")
+    """The shards stand, their index does not."""
+    original = CheckpointWriter.finish
+
+    def finish(self: CheckpointWriter, metadata: Any, results: Any) -> None:
+        if Path(self.path).name == "step-6.partial":
+            _die()
+        original(self, metadata, results)
+
+    CheckpointWriter.finish = finish  # type: ignore[method-assign]
 
 
 def at_state_file() -> None:
-    _die_instead(checkpoint_module, "_write_synced", "step-6.partial")
+    _die_instead(manager_module, "write_manifest", "step-6.partial")
 
 
 def at_rename() -> None:
@@ -67,14 +75,14 @@ def at_rename() -> None:
 
 def at_flush() -> None:
     """After the rename."""
-    original = checkpoint_module._sync_folder
+    original = folder_module.sync_folder
 
     def sync(path: Path) -> None:
         if (path / "step-6").exists():
             _die()
         original(path)
 
-    checkpoint_module._sync_folder = sync
+    folder_module.sync_folder = sync
 
 
 def at_pruning() -> None:
@@ -107,7 +115,7 @@ def test_killed_save(
     shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
     outcome = run_recipe(config, f"output_dir={tmp_path}", prepare=[kill])
     assert outcome.codes == [KILLED], outcome.outputs
-    assert CheckpointManager(tmp_path / "checkpoints", keep_last_n=2, is_main=True).steps() == standing
+    assert CheckpointFolder(tmp_path / "checkpoints", keep_last_n=2).steps() == standing
     if 3 in standing:
         assert tree(tmp_path / "checkpoints" / "step-3") == tree(stopped / "checkpoints" / "step-3")
     finished_run(config, f"output_dir={tmp_path}")

@@ -215,8 +215,8 @@ class BatchLoader:
         plan = self._plan(self.epoch).checksum()
         return {"epoch": self.epoch, "position": self.position, "plan": plan, **self._identity()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where ``state`` was taken.
+    def check_state(self, state: dict[str, Any]) -> None:
+        """That :meth:`load_state_dict` will find the rows that the position of ``state`` meant.
 
         Raises:
             ConfigError: it was taken with other data, another seed or other packing, so the position would point to
@@ -235,4 +235,8 @@ class BatchLoader:
                 f"resume: the checkpoint has pack plan {state['plan']}, this run computes {plan} from the same data "
                 "and seed; use the numpy version of the earlier run, or start without resuming"
             )
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where ``state`` was taken. Raises ConfigError as :meth:`check_state` does."""
+        self.check_state(state)
         self.epoch, self.position = state["epoch"], state["position"]
