@@ -25,7 +25,7 @@ from lrdint_tune.exit_codes import BAD_INPUT, DONE
 from lrdint_tune.faults import report
 from lrdint_tune.faults.experiment import Baseline, Outcome, UndisturbedRunFailed, disturb, undisturbed
 from lrdint_tune.faults.faults import FAULTS, Fault, unavailable
-from lrdint_tune.faults.launching import TORCHRUN, Launch
+from lrdint_tune.faults.start import TORCHRUN, Launch
 from lrdint_tune.faults.tiny_run import write_stories_run
 from lrdint_tune.training.config import TrainConfig
 

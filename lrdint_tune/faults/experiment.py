@@ -12,9 +12,9 @@ from itertools import count
 from pathlib import Path
 
 from lrdint_tune.faults.faults import Fault, Missed, Scene
-from lrdint_tune.faults.launching import TORCHRUN, Launch, Start
 from lrdint_tune.faults.network import Network, two_hosts
 from lrdint_tune.faults.record import HELDOUT_LOSS, published, read_losses, recorded_step, results, resumed_step
+from lrdint_tune.faults.start import TORCHRUN, Launch, Start
 from lrdint_tune.faults.watch import CheckpointWatch
 
 DECIMALS = 1e-6

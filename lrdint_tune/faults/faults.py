@@ -18,12 +18,12 @@ from typing import ClassVar
 
 from lrdint_tune.exit_codes import DONE, INTERRUPTED, LOST_RANK, NOT_SAVED, PREEMPTED
 from lrdint_tune.faults import disk, processes
-from lrdint_tune.faults.launching import Start
 from lrdint_tune.faults.network import Network
 from lrdint_tune.faults.record import published
+from lrdint_tune.faults.start import Start
 from lrdint_tune.faults.watch import CheckpointWatch
 
-POLL_SECONDS = 0.005
+POLL_SECONDS = 0.01
 KILLED = 128 + SIGKILL
 
 
@@ -154,7 +154,7 @@ class TerminateTwice(_Signal):
 
     def inject(self, scene: Scene) -> str:
         super().inject(scene)
-        pause = scene.draw.uniform(0.0, 0.1)
+        pause = scene.draw.uniform(0.0, 1.5)  # what comes within a second counts as the same
         time.sleep(pause)
         super().inject(scene)
         return f"{pause * 1000:.0f} ms between them"

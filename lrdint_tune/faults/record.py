@@ -49,9 +49,9 @@ def results(output_dir: Path) -> set[str]:
 
 
 def said(log: Path) -> list[str]:
-    """The lines of a log; a progress bar's states are lines of their own."""
+    """The lines of a log. A progress bar's states are lines of their own, and so is an error that comes after one."""
     text = log.read_text(errors="replace") if log.is_file() else ""
-    return [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()]
+    return [line.strip() for line in re.split(r"[\r\n]+|(?<=\])(?=error: )", text) if line.strip()]
 
 
 def resumed_step(lines: list[str]) -> int:

@@ -24,6 +24,7 @@ class CheckpointWatch:
         self.keep_last_n = keep_last_n
         self.lost: list[str] = []
         self._digests: dict[int, str | None] = {}
+        self._damaged: set[tuple[int, int]] = set()  # steps, and which folder of that name
         self._lock = threading.Lock()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -37,10 +38,12 @@ class CheckpointWatch:
         self._thread.join()
 
     def damaged(self, step: int) -> None:
-        """``step-N`` is about to be damaged on purpose: what becomes of it is no loss."""
+        """``step-N`` is about to be damaged on purpose: what becomes of this folder is no loss. One that is written under
+        that name later counts again."""
         with self._lock:
             self._look()
             self._digests.pop(step, None)
+            self._damaged.add((step, (self.folder / f"step-{step}").stat().st_ino))
 
     def check(self) -> None:
         """Compare every checkpoint with what was published. Nothing may be writing."""
@@ -57,7 +60,7 @@ class CheckpointWatch:
                 self._look()
 
     def _look(self) -> None:
-        there = published(self.folder)
+        there = {step: path for step, path in published(self.folder).items() if not self._is_damaged(step, path)}
         for step in [step for step in self._digests if step not in there]:
             newer = [other for other in there if other > step]
             if len(newer) < self.keep_last_n:
@@ -66,6 +69,14 @@ class CheckpointWatch:
         for step, path in there.items():
             if self._digests.get(step) is None:
                 self._digests[step] = _digest(path)
+
+    def _is_damaged(self, step: int, path: Path) -> bool:
+        if not self._damaged:
+            return False
+        try:
+            return (step, path.stat().st_ino) in self._damaged
+        except OSError:  # renamed meanwhile
+            return True
 
 
 def _digest(folder: Path) -> str | None:
