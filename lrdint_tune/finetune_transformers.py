@@ -25,12 +25,12 @@ import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
-from torchtune import config
 from transformers import PreTrainedModel
 
 from lrdint_tune.attention import method_options
+from lrdint_tune.entry import recipe
 from lrdint_tune.errors import ConfigError
-from lrdint_tune.exit_codes import BAD_INPUT, NONFINITE
+from lrdint_tune.exit_codes import DONE
 from lrdint_tune.hosts.attach import attached
 from lrdint_tune.hosts.config import HostConfig
 from lrdint_tune.hosts.data import LabelledBatch, LabelledLoader, LabelledTexts
@@ -239,16 +239,11 @@ class Finetuning:
         self.recorder.log({"validation_metrics/loss": loss / count, "validation_metrics/accuracy": hits / count}, step)
 
 
-@config.parse
+@recipe()
 def recipe_main(cfg: DictConfig) -> int:
     """Run the recipe from a config file and ``key=value`` overrides; returns the process's exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
-    try:
-        Finetuning(load_config(cfg, HostConfig)).train()
-    except (ConfigError, NonFiniteLossError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return BAD_INPUT if isinstance(error, ConfigError) else NONFINITE
-    return 0
+    Finetuning(load_config(cfg, HostConfig)).train()
+    return DONE
 
 
 if __name__ == "__main__":

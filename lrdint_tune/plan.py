@@ -18,10 +18,10 @@ import sys
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
-from torchtune import config
 
+from lrdint_tune.entry import recipe
 from lrdint_tune.errors import ConfigError
-from lrdint_tune.exit_codes import BAD_INPUT, DOES_NOT_FIT
+from lrdint_tune.exit_codes import DOES_NOT_FIT, DONE
 from lrdint_tune.planning.advice import advise
 from lrdint_tune.planning.options import PlanOptions
 from lrdint_tune.planning.plan import Planner
@@ -30,30 +30,25 @@ from lrdint_tune.planning.skeleton import fake_world
 from lrdint_tune.training.config import load_config
 
 
-@config.parse
+@recipe(log_level=logging.WARNING)
 def recipe_main(cfg: DictConfig) -> int:
     """Plan a config file with ``key=value`` overrides; returns the process's exit code."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
     own = {f.name for f in dataclasses.fields(PlanOptions)}
-    try:
-        options = load_config(OmegaConf.masked_copy(cfg, [key for key in map(str, cfg) if key in own]), PlanOptions)
-        checked = load_config(OmegaConf.masked_copy(cfg, [key for key in map(str, cfg) if key not in own]))
-        with fake_world(options.world_size):
-            planner = Planner(checked, options.target)
-            plan = planner.evaluate(planner.knobs)
-            advice = advise(planner, plan) if plan.fits is False else []
-        print(as_text(plan, options.target, advice))
-        if options.output is not None:
-            try:
-                Path(options.output).write_text(json.dumps(as_json(plan, options.target, advice), indent=1) + "\n")
-            except OSError as error:
-                raise ConfigError(
-                    f"output={options.output!r}: cannot be written ({error.strerror}); give another path"
-                ) from error
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return BAD_INPUT
-    return DOES_NOT_FIT if plan.fits is False else 0
+    options = load_config(OmegaConf.masked_copy(cfg, [key for key in map(str, cfg) if key in own]), PlanOptions)
+    checked = load_config(OmegaConf.masked_copy(cfg, [key for key in map(str, cfg) if key not in own]))
+    with fake_world(options.world_size):
+        planner = Planner(checked, options.target)
+        plan = planner.evaluate(planner.knobs)
+        advice = advise(planner, plan) if plan.fits is False else []
+    print(as_text(plan, options.target, advice))
+    if options.output is not None:
+        try:
+            Path(options.output).write_text(json.dumps(as_json(plan, options.target, advice), indent=1) + "\n")
+        except OSError as error:
+            raise ConfigError(
+                f"output={options.output!r}: cannot be written ({error.strerror}); give another path"
+            ) from error
+    return DOES_NOT_FIT if plan.fits is False else DONE
 
 
 if __name__ == "__main__":

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lrdint_tune import __version__
@@ -31,44 +33,52 @@ _SIZES = [f.name for f in dataclasses.fields(ModelSpec) if f.name not in _NOT_SI
 
 def save_adapter(
     directory: str | Path,
-    tensors: Mapping[str, Tensor],
+    tensors: Iterable[tuple[str, Tensor]],
     spec: ModelSpec,
     *,
+    dtypes: Mapping[str, torch.dtype],
     base_model_name_or_path: str,
-    trained_base: Mapping[str, Tensor] | None = None,
     trainable: list[str],
 ) -> None:
     """Save the new tensors, and the trained tensors of the base, so that base + folder is the trained model.
 
     Files: ``adapter_model.safetensors`` (new tensors), ``modules_to_save.safetensors`` (trained tensors of the base,
     if any) and ``adapter_config.json`` (field names as PEFT's). All tensors have Hugging Face names and element order
-    and keep their dtype. The folder appears whole or not at all, and replaces one that an earlier save left.
+    and keep their dtype. The folder appears whole or not at all, and replaces one that an earlier save left. One tensor
+    is held at a time.
 
     Args:
         directory: the folder.
-        tensors: every new tensor of the model, buffers included: state-dict name -> whole tensor.
+        tensors: (state-dict name, whole tensor on any device), each exactly once, in any order: every new tensor of the
+            model, buffers included, and those of the pretrained model that were trained.
         spec: the model.
+        dtypes: of all of them: state-dict name -> a floating-point dtype.
         base_model_name_or_path: the pretrained model that the adapter belongs to.
-        trained_base: the tensors of the pretrained model that were trained.
         trainable: the run's ``trainable`` groups, for the record.
 
     Raises:
         ConfigError: the model leaks future tokens, a tensor has no Hugging Face name, or ``directory`` holds
             something that this package did not save.
-        ValueError: the tensors are not those of the spec.
+        ValueError: the tensors are not those of the spec, or not those of ``dtypes``.
     """
     refuse_leak(spec)
     refuse_foreign_folder(directory)
-    trained_base = trained_base or {}
     shapes = state_shapes(spec)
     new = {name for name in shapes if is_new_tensor(name)}
-    wrong = (new ^ tensors.keys()) | (trained_base.keys() - (shapes.keys() - new))
+    trained_base = sorted(dtypes.keys() - new)
+    wrong = (new - dtypes.keys()) | (dtypes.keys() - shapes.keys())
     if wrong:
-        raise ValueError(f"tensor {sorted(wrong)[0]!r} is missing among the new tensors, or is none of this model's")
-    with atomic_folder(directory) as folder:
-        _write(folder / ADAPTER_FILE, tensors, spec)
-        if trained_base:
-            _write(folder / BASE_FILE, trained_base, spec)
+        raise ValueError(f"tensor {min(wrong)!r} is missing among the new tensors, or is none of this model's")
+    with atomic_folder(directory) as folder, ExitStack() as stack:
+
+        def open_file(name: str, holds: Iterable[str]) -> SafetensorsFile:
+            layout = {tune_to_hf(held, spec): (shapes[held], dtypes[held]) for held in holds}
+            return stack.enter_context(SafetensorsFile(folder / name, layout))
+
+        adapter = open_file(ADAPTER_FILE, sorted(new))
+        base = open_file(BASE_FILE, trained_base) if trained_base else adapter
+        for name, tensor in tensors:
+            (adapter if name in new else base).write(*to_hf(name, tensor.detach(), spec))
         write_json(folder / CONFIG_FILE, _config(spec, trained_base, base_model_name_or_path, trainable))
 
 
@@ -111,13 +121,6 @@ def load_adapter(directory: str | Path, spec: ModelSpec) -> dict[str, Tensor]:
     return tensors
 
 
-def _write(file: Path, tensors: Mapping[str, Tensor], spec: ModelSpec) -> None:
-    layout = {tune_to_hf(name, spec): (tuple(t.shape), t.dtype) for name, t in tensors.items()}
-    with SafetensorsFile(file, layout) as out:
-        for name, tensor in tensors.items():
-            out.write(*to_hf(name, tensor.detach(), spec))
-
-
 def _read(file: Path, shapes: Mapping[str, tuple[int, ...]], spec: ModelSpec) -> dict[str, Tensor]:
     if not file.is_file():
         raise ConfigError(f"adapter folder {str(file.parent)!r}: no {file.name}; save or copy the folder again")
@@ -136,7 +139,7 @@ def _read(file: Path, shapes: Mapping[str, tuple[int, ...]], spec: ModelSpec) ->
 
 def _config(
     spec: ModelSpec,
-    trained_base: Mapping[str, Tensor],
+    trained_base: Collection[str],
     base_model_name_or_path: str,
     trainable: list[str],
 ) -> dict[str, Any]:

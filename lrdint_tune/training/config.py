@@ -7,11 +7,12 @@ where they are used.
 from __future__ import annotations
 
 import difflib
+import math
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints, overload
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from lrdint_tune.errors import ConfigError
 from lrdint_tune.training.memory import check_memory
@@ -20,6 +21,8 @@ from lrdint_tune.training.profiling import check_profiler
 from lrdint_tune.training.trainable import TRAINABLE_GROUPS
 
 Section = dict[str, Any]
+
+DEFAULT_SKIPPED_STEPS = 10
 
 
 @dataclass(frozen=True)
@@ -80,8 +83,8 @@ class RunConfig:
             raise ConfigError(f"seed={self.seed}: must not be negative")
         for key in ("clip_grad_norm", "lam_lr"):
             value = getattr(self, key)
-            if value is not None and value <= 0:
-                raise ConfigError(f"{key}={value}: must be positive; leave it out to switch it off")
+            if value is not None and not 0 < value < math.inf:  # NaN is refused too
+                raise ConfigError(f"{key}={value}: must be a positive number; leave it out to switch it off")
         if self.gradient_accumulation_steps and self.global_batch_size:
             raise ConfigError(
                 f"global_batch_size={self.global_batch_size}: also gradient_accumulation_steps="
@@ -121,6 +124,8 @@ class TrainConfig(RunConfig):
     fsdp_cpu_offload: bool = False
     fsdp_reshard_after_forward: bool = True
     optimizer_in_bwd: bool = False
+    on_nonfinite: str = "stop"
+    max_skipped_steps: int | None = None
     compile: bool = False
     fp8: str = "none"
     fp8_all_gather: bool = False
@@ -138,6 +143,17 @@ class TrainConfig(RunConfig):
         super().__post_init__()
         check_choice("fp8", self.fp8, FP8_RECIPES)
         check_choice("quantize_base", self.quantize_base, ("none", "nf4"))
+        check_choice("on_nonfinite", self.on_nonfinite, ("stop", "skip_step"))
+        if self.max_skipped_steps is not None and self.on_nonfinite == "stop":
+            raise ConfigError(
+                f"max_skipped_steps={self.max_skipped_steps}: has no effect with on_nonfinite='stop'; set "
+                "on_nonfinite=skip_step, or remove it"
+            )
+        if self.optimizer_in_bwd and self.on_nonfinite == "skip_step":
+            raise ConfigError(
+                "on_nonfinite='skip_step': with optimizer_in_bwd=true the parameters are updated before the gradient "
+                "is known to be finite; use on_nonfinite=stop"
+            )
         check_choice("ac_mode", self.ac_mode, ("full", "every_k", "selective"))
         if self.ac_mode == "every_k" and self.ac_option is None:
             raise ConfigError(
@@ -147,6 +163,7 @@ class TrainConfig(RunConfig):
             raise ConfigError(f"ac_option={self.ac_option}: has no effect with ac_mode={self.ac_mode!r}; remove it")
         self._at_least_one(
             "ac_option",
+            "max_skipped_steps",
             "save_every_n_steps",
             "keep_last_n_checkpoints",
             "run_val_every_n_steps",
@@ -171,7 +188,7 @@ class TrainConfig(RunConfig):
             raise ConfigError(
                 f"run_val_every_n_steps={self.run_val_every_n_steps}: there is no dataset_val; add that section"
             )
-        if self.peak_tflops is not None and self.peak_tflops <= 0:
+        if self.peak_tflops is not None and not 0 < self.peak_tflops < math.inf:
             raise ConfigError(f"peak_tflops={self.peak_tflops:g}: must be positive; leave it out if it is not known")
         check_memory(self)
         check_profiler(self.profiler)
@@ -180,6 +197,11 @@ class TrainConfig(RunConfig):
                 f"checkpointer={self.checkpointer}: has no checkpoint_dir; give the folder of the pretrained weights"
             )
         _known("checkpointer", self.checkpointer, ("checkpoint_dir", "base_model_name_or_path"))
+
+    @property
+    def skipped_steps_limit(self) -> int:
+        """How many steps a run may skip: 10 if ``max_skipped_steps`` does not say."""
+        return self.max_skipped_steps or DEFAULT_SKIPPED_STEPS
 
     @property
     def mesh_dims(self) -> dict[str, int]:
@@ -211,7 +233,13 @@ def load_config(cfg: DictConfig | dict[str, Any], kind: type[Any] = TrainConfig)
         not resolve.
     """
     try:
-        raw = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else dict(cfg)
+        raw = (
+            OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+            if isinstance(cfg, DictConfig)
+            else dict(cfg)
+        )
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{error.full_key}=???: a value that was left open; give it") from None
     except OmegaConfBaseException as error:
         raise ConfigError(f"config: {str(error).splitlines()[0]}; check the ${{...}} references") from None
     assert isinstance(raw, dict)

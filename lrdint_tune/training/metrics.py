@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import sys
@@ -48,8 +49,10 @@ class TensorBoardLogger:
         os.replace(partial, self._file)
 
     def log(self, values: dict[str, float], step: int) -> None:
-        """Record ``values`` (tag -> number) at optimizer step ``step``."""
+        """Record ``values`` (tag -> number) at optimizer step ``step``; NaN and infinity are left out, as JSON has
+        neither: a gap in the curve."""
         assert self._writer is not None, "open() first"
+        values = {tag: value for tag, value in values.items() if math.isfinite(value)}
         for tag, value in values.items():
             self._writer.add_scalar(tag, value, step)
         self._writer.flush()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lrdint_tune.errors import NotSavedError
 from lrdint_tune.export import save_adapter, save_hf_folder
 from lrdint_tune.models.decoder import LlamaDecoder, is_new_tensor
 from lrdint_tune.training.config import TrainConfig
@@ -16,51 +19,65 @@ from lrdint_tune.training.weights import full_tensor
 
 log = logging.getLogger(__name__)
 
+Tensors = Iterable[tuple[str, Tensor]]
+
 
 def write_results(model: LlamaDecoder, cfg: TrainConfig) -> None:
     """Write ``output_dir/adapter`` (not for a stock Llama) and ``output_dir/hf``; every rank must call it.
 
-    Gathering is a collective, tensor by tensor; rank 0 writes. The model is only read.
+    Gathering is a collective, tensor by tensor; rank 0 writes and holds one whole tensor at a time. The model is only
+    read.
 
     Args:
         model: sharded.
         cfg: ``output_dir``, ``checkpointer``, ``trainable`` and ``dtype`` are used.
+
+    Raises:
+        NotSavedError: on all ranks, when rank 0 cannot write.
     """
     output_dir, source = Path(cfg.output_dir), cfg.checkpointer["checkpoint_dir"]
-    is_main = dist.get_rank() == 0
-    written = []
+    state = model.state_dict()
     if not model.spec.is_stock:
-        new, trained_base = _trained_tensors(model, keep=is_main)
-        if is_main:
-            save_adapter(
-                output_dir / "adapter",
-                new,
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        changed = {name: tensor for name, tensor in state.items() if is_new_tensor(name) or name in trained}
+        _write(
+            output_dir / "adapter",
+            changed,
+            lambda folder, tensors: save_adapter(
+                folder,
+                tensors,
                 model.spec,
+                dtypes={name: tensor.dtype for name, tensor in changed.items()},
                 base_model_name_or_path=cfg.checkpointer.get("base_model_name_or_path") or source,
-                trained_base=trained_base,
                 trainable=list(cfg.trainable),
-            )
-            written.append(output_dir / "adapter")
-    tensors = ((name, full_tensor(tensor)) for name, tensor in model.state_dict().items())
-    if is_main:
-        dtype = torch.bfloat16 if cfg.dtype == "bf16" else torch.float32
-        save_hf_folder(output_dir / "hf", tensors, model.spec, dtype=dtype, tokenizer_files_from=source)
-        written.append(output_dir / "hf")
-        log.info("saved %s", ", ".join(map(str, written)))
-    else:
-        for _ in tensors:  # take part in the gathering
-            continue
-    dist.barrier()
+            ),
+        )
+    _write(
+        output_dir / "hf",
+        state,
+        lambda folder, tensors: save_hf_folder(
+            folder, tensors, model.spec, dtype=file_dtype(cfg.dtype), tokenizer_files_from=source
+        ),
+    )
 
 
-def _trained_tensors(model: LlamaDecoder, *, keep: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The new tensors, and the pretrained tensors that were trained; empty on ranks that do not ``keep`` them."""
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    new: dict[str, Tensor] = {}
-    base: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        if is_new_tensor(name) or name in trained:
-            whole = full_tensor(tensor)
-            if keep:
-                (new if is_new_tensor(name) else base)[name] = whole
-    return new, base
+def file_dtype(dtype: str) -> torch.dtype:
+    """Of the weights in ``hf``, for the run's ``dtype``."""
+    return torch.bfloat16 if dtype == "bf16" else torch.float32
+
+
+def _write(folder: Path, state: Mapping[str, Tensor], save: Callable[[Path, Tensors], None]) -> None:
+    """Gather ``state`` and let rank 0 ``save`` it; a disk that is full is known to every rank."""
+    tensors = ((name, full_tensor(tensor)) for name, tensor in state.items())
+    problem: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            save(folder, tensors)
+            log.info("saved %s", folder)
+        except OSError as error:
+            problem = [f"{folder} was not written: {error}; the last checkpoint stands: make room and start again"]
+    for _ in tensors:  # every rank takes part in every gathering, whatever became of rank 0's writing
+        continue
+    dist.broadcast_object_list(problem, src=0)
+    if problem[0] is not None:
+        raise NotSavedError(problem[0])

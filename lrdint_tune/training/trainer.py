@@ -42,7 +42,7 @@ from lrdint_tune.training.gradients import diagnostics
 from lrdint_tune.training.hardware import device_peak
 from lrdint_tune.training.memory import check_device, check_passes
 from lrdint_tune.training.metrics import Progress, TensorBoardLogger, Throughput, memory_values
-from lrdint_tune.training.nonfinite import rows_of, stop_for_nonfinite
+from lrdint_tune.training.nonfinite import NonFiniteSteps, rows_of
 from lrdint_tune.training.parallelize import check_parallel, parallelize
 from lrdint_tune.training.precision import check_precision_device, describe_precision
 from lrdint_tune.training.profiling import ProfilerWindow
@@ -106,6 +106,7 @@ class Trainer:
         self.profiler = ProfilerWindow(cfg.profiler, self.recorder.log_dir, world, self.total_steps)
 
         self.step = 0
+        self.nonfinite = NonFiniteSteps(cfg)
         self.continues_method = False  # until the weights show that they hold the method's tensors
         self.checkpoints = CheckpointManager(
             self.output_dir / "checkpoints", keep_last_n=cfg.keep_last_n_checkpoints, world=world
@@ -206,6 +207,7 @@ class Trainer:
             "step": self.step,
             "run": self.run_identity(),
             "leaks_future": self.spec.leaks_future,
+            "skipped_steps": self.nonfinite.skipped,
             "loader": self.loader.state_dict(),
             "lr_scheduler": None if self.scheduler is None else schedule_state(self.scheduler),
         }
@@ -213,6 +215,7 @@ class Trainer:
     def _resume(self, path: Path, saved: dict[str, Any]) -> None:
         self.checkpoints.load(path, saved, self.model, self.optimizer)
         self.step = saved["step"]
+        self.nonfinite.skipped = saved.get("skipped_steps", 0)  # a checkpoint from before there were any goes on
         self.loader.load_state_dict(saved["loader"])
         if self.scheduler is not None and saved["lr_scheduler"] is not None:
             if not restore_schedule(self.scheduler, saved["lr_scheduler"]):
@@ -320,17 +323,21 @@ class Trainer:
         dist.all_reduce(loss)
         average = loss.item() / self.world.tensor_size / label_tokens
         norm = self.updates.total_norm()
-        if not math.isfinite(average) or not math.isfinite(norm):
-            stop_for_nonfinite(
+        finite = math.isfinite(average) and math.isfinite(norm)
+        if not finite:
+            self.nonfinite.skip(
                 self.step + 1, average, norm, batches, losses, self.updates.if_nonfinite, self.checkpoints.standing()
             )
 
-        values = {"loss_metrics/global_avg_loss": average}
+        values = {"loss_metrics/global_avg_loss": average, **self.nonfinite.metrics()}
         if logging_step:
             values |= {"grad_norm": norm, **learning_rates(self.optimizer), **diagnostics(self.model, self.world)}
             if not self.spec.is_stock:
                 values |= self.updates.adapter_norms()
-        self.updates.finish(norm)
+        if finite:
+            self.updates.finish(norm)
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
         if self.cfg.fp8_all_gather:
             precompute_float8_dynamic_scale_for_fsdp(self.model)  # one all-reduce instead of one for each weight
         if self.scheduler is not None:

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lrdint_tune.export import save_adapter
 from lrdint_tune.models import LlamaDecoder, llama3_2
+from lrdint_tune.models.spec import ModelSpec
 
 SIZES: dict[str, Any] = dict(
     vocab_size=40,
@@ -77,3 +79,10 @@ def assert_equal_states(actual: dict[str, Tensor], expected: dict[str, Tensor]) 
     for name, tensor in expected.items():
         assert actual[name].dtype == tensor.dtype, name
         assert torch.equal(actual[name], tensor), name
+
+
+def save_tensors(folder: Path, tensors: dict[str, Tensor], spec: ModelSpec, **options: Any) -> None:
+    """``save_adapter`` of tensors that are at hand."""
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+    given: dict[str, Any] = {"base_model_name_or_path": "base", "trainable": ["adapter"], **options}
+    save_adapter(folder, tensors.items(), spec, dtypes=dtypes, **given)

@@ -46,7 +46,12 @@ class Outcome:
     @property
     def errors(self) -> list[str]:
         """The lines of rank 0 that tell the user what was wrong."""
-        return [line for line in self.outputs[0].replace("\r", "\n").splitlines() if line.startswith("error:")]
+        return [line for line in self.lines if line.startswith("error:")]
+
+    @property
+    def lines(self) -> list[str]:
+        """What rank 0 printed."""
+        return self.outputs[0].replace("\r", "\n").splitlines()
 
 
 def run_ranks(function: Callable[..., Any], size: int, *args: Any, timeout: float = 60.0) -> list[Any]:

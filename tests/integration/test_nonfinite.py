@@ -1,4 +1,5 @@
-"""NaN or infinity stops the run before anything is updated with it, and says where it came from."""
+"""NaN or infinity stops the run before anything is updated with it, or costs that one step, and says where it came
+from."""
 
 import math
 import re
@@ -17,7 +18,7 @@ from lrdint_tune.training.data import Batch, BatchLoader
 from lrdint_tune.training.trainer import Trainer
 from tests.common.tiny_run import read_losses
 from tests.distributed.harness import run_recipe
-from tests.integration.runs import checkpoints, killed, tree
+from tests.integration.runs import assert_one_curve, assert_same_losses, checkpoints, killed, tree, values
 
 
 def _bad_batch(step: int, rank: int, value: float) -> None:
@@ -90,6 +91,59 @@ def test_nothing_is_updated(config: Path, tmp_path: Path) -> None:
     outcome = run_recipe(config, f"output_dir={tmp_path}", prepare=[partial(_bad_gradient, 1), _watch_optimizer])
     assert outcome.codes == [NONFINITE]
     assert outcome.outputs[0].count("OPTIMIZER STEP") == 1
+
+
+SKIP = "on_nonfinite=skip_step"
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_skipped_step(config: Path, finished: Path, tmp_path: Path, size: int, value: float) -> None:
+    """Every rank leaves out that one update; data and schedule go on, and the record has a gap and a count."""
+    prepare = [partial(_bad_batch, 4, size - 1, value), _watch_optimizer]
+    outcome = run_recipe(config, f"output_dir={tmp_path}", SKIP, size=size, prepare=prepare)
+    assert outcome.codes == [0] * size, outcome.outputs
+    assert [output.count("OPTIMIZER STEP") for output in outcome.outputs] == [7] * size
+    warnings = [line for line in outcome.lines if line.startswith("step 5: loss")]
+    assert len(warnings) == 1
+    assert warnings[0].startswith(f"step 5: loss {value}")
+    assert f"dataset rows {bad_rows(outcome.outputs)}; skipped, 1 of at most 10" in warnings[0]
+    before, losses = read_losses(finished), read_losses(tmp_path)
+    assert list(losses) == [1, 2, 3, 4, 6, 7, 8]
+    if size == 1:
+        assert [losses[step] for step in (1, 2, 3, 4)] == [before[step] for step in (1, 2, 3, 4)]
+    assert all(math.isfinite(loss) for loss in losses.values())
+    assert values(tmp_path, "skipped_steps") == dict.fromkeys(range(1, 5), 0) | dict.fromkeys(range(5, 9), 1)
+    assert values(tmp_path, "lr") == values(finished, "lr")
+    assert "NaN" not in (tmp_path / "logs" / "metrics.jsonl").read_text()
+    assert_one_curve(tmp_path)
+
+
+def test_skipped_gradient(config: Path, tmp_path: Path) -> None:
+    """A step whose gradient alone is infinite is left out too: what follows is what a run makes that has all the data
+    but not that update."""
+    outcome = run_recipe(config, f"output_dir={tmp_path}", SKIP, prepare=[partial(_bad_gradient, 1), _watch_optimizer])
+    assert outcome.codes == [0], outcome.outputs
+    assert outcome.outputs[0].count("OPTIMIZER STEP") == 7
+    assert "(loss finite, gradient not); skipped, 1 of" in outcome.outputs[0]
+
+
+def test_limit_holds_over_restarts(config: Path, tmp_path: Path) -> None:
+    """The count belongs to the checkpoint, and a resumed run goes on as if it had not been interrupted."""
+    bad = partial(_bad_batch, 1, 0, math.nan)
+    options = [SKIP, "max_skipped_steps=1"]
+    whole = run_recipe(config, f"output_dir={tmp_path / 'whole'}", *options, prepare=[bad])
+    assert whole.codes == [0], whole.outputs
+    out = f"output_dir={tmp_path / 'killed'}"
+    killed(config, out, *options, step=4, prepare=[bad])
+    limited = run_recipe(config, out, *options, prepare=[partial(_bad_batch, 5, 0, math.inf)])
+    assert limited.codes == [NONFINITE], limited.outputs
+    (error,) = limited.errors
+    assert error.startswith("error: step 6: loss inf")
+    assert "max_skipped_steps=1 were skipped before; no update was made; checkpoint step-3 stands" in error
+    resumed = run_recipe(config, out, *options)
+    assert resumed.codes == [0], resumed.outputs
+    assert_same_losses(tmp_path / "killed", tmp_path / "whole")
 
 
 def _watch_optimizer() -> None:

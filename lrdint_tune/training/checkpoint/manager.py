@@ -17,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.optim import Optimizer
 
-from lrdint_tune.errors import ConfigError
+from lrdint_tune.errors import ConfigError, NotSavedError
 from lrdint_tune.training.checkpoint.folder import CheckpointFolder
 from lrdint_tune.training.checkpoint.manifest import (
     STATE_FILE,
@@ -42,10 +42,6 @@ log = logging.getLogger(__name__)
 
 # Writing may take long on a busy file system; that a rank is dead is noticed elsewhere.
 _PATIENCE = timedelta(hours=2)
-
-
-class NotSavedError(RuntimeError):
-    """A checkpoint could not be written, the earlier ones stand; the message names the step, the rank and why."""
 
 
 class CheckpointManager:
@@ -208,7 +204,8 @@ class CheckpointManager:
         return None
 
     def standing(self) -> str:
-        """Which checkpoint there is to go back to, in words."""
+        """Which checkpoint there is to go back to, in words; one that is being written is waited for."""
+        self._end_pending()
         steps = self.folder.steps()
         return f"checkpoint step-{steps[-1]} stands" if steps else "there is no checkpoint yet"
 

@@ -16,7 +16,7 @@ from lrdint_tune.export import load_adapter, save_adapter
 from lrdint_tune.models import LlamaDecoder
 from lrdint_tune.models.decoder import is_new_tensor
 from lrdint_tune.models.hf import to_hf
-from tests.common.folders import SIZES, assert_equal_states, random_model
+from tests.common.folders import SIZES, assert_equal_states, random_model, save_tensors
 
 METHODS: list[dict[str, Any]] = [
     {"method": "dint", "lam": "annealed", "anneal_steps": 7},
@@ -27,12 +27,11 @@ METHODS: list[dict[str, Any]] = [
 
 def _save(folder: Path, model: LlamaDecoder, trained_base: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
     new = {name: t for name, t in model.state_dict().items() if is_new_tensor(name)}
-    save_adapter(
+    save_tensors(
         folder,
-        new,
+        new | (trained_base or {}),
         model.spec,
         base_model_name_or_path="meta-llama/Llama-3.2-1B",
-        trained_base=trained_base or {},
         trainable=["adapter", "attention"] if trained_base else ["adapter"],
     )
     return new
@@ -134,16 +133,23 @@ def test_incomplete_or_foreign_tensors_and_leaks_are_not_saved(tmp_path: Path) -
     model = random_model("dint")
     new = _new(model)
     name, tensor = new.popitem()
-    arguments: dict[str, Any] = dict(base_model_name_or_path="base", trainable=["adapter"])
     with pytest.raises(ValueError, match=name):
-        save_adapter(tmp_path / "adapter", new, model.spec, **arguments)
+        save_tensors(tmp_path / "adapter", new, model.spec)
     with pytest.raises(ValueError, match="lora"):
+        save_tensors(tmp_path / "adapter", {**new, name: tensor, "lora": tensor}, model.spec)
+    with pytest.raises(ValueError, match="never written"):
+        every = {**new, name: tensor}
         save_adapter(
-            tmp_path / "adapter", {**new, name: tensor}, model.spec, trained_base={"lora": tensor}, **arguments
+            tmp_path / "adapter",
+            new.items(),
+            model.spec,
+            dtypes={key: value.dtype for key, value in every.items()},
+            base_model_name_or_path="base",
+            trainable=["adapter"],
         )
     leaking = random_model("dint", integral="sequence", allow_future_leak=True)
     with pytest.raises(ConfigError, match="integral='sequence'"):
-        save_adapter(tmp_path / "adapter", _new(leaking), leaking.spec, **arguments)
+        save_tensors(tmp_path / "adapter", _new(leaking), leaking.spec)
     assert not list(tmp_path.iterdir())
 
 

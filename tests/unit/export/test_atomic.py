@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from lrdint_tune.export import adapter, atomic, hf_folder, save_adapter, save_hf_folder
+from lrdint_tune.export import adapter, atomic, hf_folder, save_hf_folder
 from lrdint_tune.export.atomic import atomic_folder
 from lrdint_tune.export.safetensors_file import SafetensorsFile
 from lrdint_tune.models.decoder import is_new_tensor
 from lrdint_tune.models.hf import iter_hf_folder
-from tests.common.folders import assert_equal_states, random_model
+from tests.common.folders import assert_equal_states, random_model, save_tensors
 
 
 @pytest.fixture(params=["exchange", "two renames"])
@@ -71,9 +71,7 @@ def test_failed_save_leaves_the_old_folder(
             save_hf_folder(tmp_path / "out", state.items(), model.spec, dtype=torch.float32, max_shard_bytes=6000)
         else:
             new = {name: t for name, t in state.items() if is_new_tensor(name)}
-            save_adapter(
-                tmp_path / "out", new, model.spec, base_model_name_or_path="base", trained_base={}, trainable=[]
-            )
+            save_tensors(tmp_path / "out", new, model.spec)
 
     save(1.0)
     before = _content(tmp_path / "out")

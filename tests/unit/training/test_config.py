@@ -50,6 +50,12 @@ def load(**changes: Any) -> TrainConfig:
         ({"epochs": "three"}, ["epochs", "three", "int"]),
         ({"clip_grad_norm": "small"}, ["clip_grad_norm", "small", "float"]),
         ({"clip_grad_norm": -1.0}, ["clip_grad_norm", "positive"]),
+        ({"clip_grad_norm": float("nan")}, ["clip_grad_norm=nan", "positive"]),
+        ({"output_dir": "???"}, ["output_dir=???", "give it"]),
+        ({"on_nonfinite": "skip"}, ["on_nonfinite='skip'", "stop, skip_step"]),
+        ({"max_skipped_steps": 3}, ["max_skipped_steps=3", "on_nonfinite=skip_step"]),
+        ({"on_nonfinite": "skip_step", "max_skipped_steps": 0}, ["max_skipped_steps=0", "at least 1"]),
+        ({"on_nonfinite": "skip_step", "optimizer_in_bwd": True}, ["on_nonfinite='skip_step'", "optimizer_in_bwd"]),
         ({"trainable": ["adapters"]}, ["trainable", "adapters", "adapter", "attention"]),
         ({"trainable": []}, ["trainable", "nothing to train"]),
         (

@@ -17,8 +17,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torchao.optim import AdamW8bit
 
-from lrdint_tune.errors import ConfigError
-from lrdint_tune.training.checkpoint.manager import CheckpointManager, NotSavedError, check_same_run
+from lrdint_tune.errors import ConfigError, NotSavedError
+from lrdint_tune.training.checkpoint.manager import CheckpointManager, check_same_run
 from lrdint_tune.training.checkpoint.state import run_tensors
 from lrdint_tune.training.checkpoint.storage import CheckpointReader, CheckpointWriter
 from lrdint_tune.training.world import MeshShape, World, make_world
