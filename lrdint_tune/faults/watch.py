@@ -38,8 +38,8 @@ class CheckpointWatch:
         self._thread.join()
 
     def damaged(self, step: int) -> None:
-        """``step-N`` is about to be damaged on purpose: what becomes of this folder is no loss. One that is written under
-        that name later counts again."""
+        """``step-N`` is about to be damaged on purpose: what becomes of this folder is no loss. A later one of that name
+        counts again."""
         with self._lock:
             self._look()
             self._digests.pop(step, None)
