@@ -46,11 +46,11 @@ from lrdint_tune.hosts.model import (
 )
 from lrdint_tune.hosts.saving import check_folder, save
 from lrdint_tune.training import startup
-from lrdint_tune.training.components import build, build_recorder, build_tokenizer
+from lrdint_tune.training.components import bad_row_counts, build, build_recorder, build_tokenizer
 from lrdint_tune.training.config import Section, load_config
 from lrdint_tune.training.data import IGNORE_INDEX, Batch, BatchLoader, TokenisedDataset
-from lrdint_tune.training.metrics import Progress
 from lrdint_tune.training.nonfinite import NonFiniteLossError
+from lrdint_tune.training.progress import Progress
 from lrdint_tune.training.trainable import optimizer_groups
 from lrdint_tune.training.trainer import CALIBRATION_BATCHES
 from lrdint_tune.training.world import resolve_device
@@ -90,6 +90,7 @@ class Finetuning:
         self.steps_per_epoch = min(steps, cfg.max_steps_per_epoch or steps)
         self.total_steps = self.steps_per_epoch * cfg.epochs
         self.recorder = build_recorder(cfg)
+        self.recorder.check()
 
         torch.manual_seed(cfg.seed)
         self.model = self._build(weights=True).to(self.device)  # type: ignore[arg-type]  # a decorated nn.Module.to
@@ -153,6 +154,8 @@ class Finetuning:
         cfg, recorder = self.cfg, self.recorder
         recorder.open(resumed_step=0)
         recorder.log_text("config", f"```yaml\n{OmegaConf.to_yaml(dataclasses.asdict(cfg))}\n```")
+        if skipped := bad_row_counts(cfg, self.loader, self.loader_val):
+            recorder.log(skipped, 0)
         progress = Progress(self.total_steps, 0, enabled=True)
         try:
             self._calibrate()

@@ -77,7 +77,7 @@ def classification_dataset(
         split=split,
         num_rows=num_rows,
         cache_dir=cache_dir,
-        as_json=True,
+        kind="json",
     )
     where = f"{source!r} split {split!r}"
     encoder = Encoder(tokenizer, add_bos, add_eos)

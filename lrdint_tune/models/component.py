@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from torch import nn
@@ -141,3 +142,9 @@ def build_rope(head_dim: int, max_seq_len: int, rope_base: int, scale_factor: in
     if scale_factor == 1:
         return PlainRoPE(head_dim, max_seq_len=max_seq_len, base=rope_base)
     return ScaledRoPE(head_dim, max_seq_len=max_seq_len, base=rope_base, scale_factor=scale_factor)
+
+
+def build_from_spec(spec: ModelSpec, **changes: Any) -> LlamaDecoder:
+    """The model that has this spec, or one with other sizes: ``changes`` are fields of the spec."""
+    sizes = {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec) if f.name != "method_options"}
+    return llama3_2(**{**sizes, **changes}, **spec.method_options)

@@ -6,7 +6,6 @@ The names and the ``config.json`` are the business of :mod:`~lrdint_tune.models.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack
@@ -18,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lrdint_tune.errors import ConfigError
-from lrdint_tune.models.component import llama3_2
+from lrdint_tune.models.component import build_from_spec
 from lrdint_tune.models.decoder import is_adapter_tensor, is_new_tensor
 from lrdint_tune.models.hf_config import check_hf_config, hf_config, read_json, spec_from_hf_config
 from lrdint_tune.models.hf_names import hf_to_tune, stays_float32, to_hf, to_tune, tune_to_hf
@@ -37,9 +36,8 @@ def state_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
 
     Read off one layer built on the meta device, so that a new method needs no second list of its shapes.
     """
-    sizes = {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec) if f.name != "method_options"}
     with torch.device("meta"):
-        model = llama3_2(**{**sizes, "num_layers": 1}, **spec.method_options)
+        model = build_from_spec(spec, num_layers=1)
     shapes: dict[str, tuple[int, ...]] = {}
     for name, tensor in model.state_dict().items():
         layer = name.removeprefix("layers.0.")

@@ -159,3 +159,14 @@ def build_loader(key: str, section: Section, cfg: TrainConfig, world: World, tok
         pad_id=0,
         drop_last=training,
     )
+
+
+def bad_row_counts(cfg: RunConfig, loader: Any, loader_val: Any) -> dict[str, float]:
+    """``data/bad_rows`` and ``data/bad_rows_val``: how many rows the loaders' datasets left out, where
+    ``on_bad_row=skip`` says they may."""
+    sections = {"data/bad_rows": (cfg.dataset, loader), "data/bad_rows_val": (cfg.dataset_val, loader_val)}
+    return {
+        tag: source.dataset.bad_rows
+        for tag, (section, source) in sections.items()
+        if section is not None and section.get("on_bad_row") == "skip"
+    }

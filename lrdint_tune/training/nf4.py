@@ -105,6 +105,12 @@ def dequantised(tensor: Tensor) -> Tensor:
     return DTensor.from_local(plain, tensor.device_mesh, tensor.placements, run_check=False)
 
 
+@torch.no_grad()
+def rounded_to_nf4(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a run of that compute ``dtype`` makes of a whole pretrained weight: quantised and dequantised."""
+    return _quantised(weight.to(dtype)).get_original_weight()
+
+
 def _nf4(tensor: Tensor) -> NF4Tensor | None:
     # Not to_local(), which gives another object: attributes are set on it.
     local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor

@@ -165,3 +165,8 @@ def _sizes(linears: Iterable[tuple[str, nn.Linear]]) -> str:
         kind = f"{name.split('.', 2)[2]} {[linear.out_features, linear.in_features]}"
         counts[kind] = counts.get(kind, 0) + 1
     return ", ".join(f"{count} x {kind}" for kind, count in counts.items())
+
+
+def file_dtype(dtype: str) -> torch.dtype:
+    """Of the weights that a run with the config's ``dtype`` leaves in ``hf``."""
+    return torch.bfloat16 if dtype == "bf16" else torch.float32

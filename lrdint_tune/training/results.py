@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -15,6 +14,7 @@ from lrdint_tune.errors import NotSavedError
 from lrdint_tune.export import save_adapter, save_hf_folder
 from lrdint_tune.models.decoder import LlamaDecoder, is_new_tensor
 from lrdint_tune.training.config import TrainConfig
+from lrdint_tune.training.precision import file_dtype
 from lrdint_tune.training.weights import full_tensor
 
 log = logging.getLogger(__name__)
@@ -59,11 +59,6 @@ def write_results(model: LlamaDecoder, cfg: TrainConfig) -> None:
             folder, tensors, model.spec, dtype=file_dtype(cfg.dtype), tokenizer_files_from=source
         ),
     )
-
-
-def file_dtype(dtype: str) -> torch.dtype:
-    """Of the weights in ``hf``, for the run's ``dtype``."""
-    return torch.bfloat16 if dtype == "bf16" else torch.float32
 
 
 def _write(folder: Path, state: Mapping[str, Tensor], save: Callable[[Path, Tensors], None]) -> None:

@@ -20,15 +20,15 @@ from torch.profiler import record_function
 from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
 
 from lrdint_tune.attention import DocumentMask
-from lrdint_tune.errors import ConfigError
+from lrdint_tune.errors import ConfigError, DataLostError
 from lrdint_tune.models.decoder import LlamaDecoder, is_method_tensor
-from lrdint_tune.models.hf import check_hf_config, iter_hf_folder, weights_digest
-from lrdint_tune.models.spec import ModelSpec
+from lrdint_tune.models.hf import check_hf_config, weights_digest
 from lrdint_tune.training import startup
 from lrdint_tune.training.checkpoint import CheckpointManager, check_same_run
 from lrdint_tune.training.compilation import uncompiled
 from lrdint_tune.training.components import (
     accumulation_steps,
+    bad_row_counts,
     build,
     build_loader,
     build_model,
@@ -36,21 +36,22 @@ from lrdint_tune.training.components import (
     build_tokenizer,
 )
 from lrdint_tune.training.config import TrainConfig
-from lrdint_tune.training.data import Batch, BatchLoader
+from lrdint_tune.training.data import Batch, BatchLoader, raise_everywhere, together
 from lrdint_tune.training.flops import training_flops_per_token
 from lrdint_tune.training.gradients import diagnostics
 from lrdint_tune.training.hardware import device_peak
 from lrdint_tune.training.memory import check_device, check_passes
-from lrdint_tune.training.metrics import Progress, TensorBoardLogger, Throughput, memory_values
+from lrdint_tune.training.metrics import TensorBoardLogger
 from lrdint_tune.training.nonfinite import NonFiniteSteps, rows_of
 from lrdint_tune.training.parallelize import check_parallel, parallelize
 from lrdint_tune.training.precision import check_precision_device, describe_precision
 from lrdint_tune.training.profiling import ProfilerWindow
+from lrdint_tune.training.progress import Progress, Throughput, memory_values
 from lrdint_tune.training.results import write_results
 from lrdint_tune.training.schedule import learning_rates, restore_schedule, schedule_state
 from lrdint_tune.training.trainable import optimizer_groups, parameter_table, set_trainable
 from lrdint_tune.training.updates import build_updates
-from lrdint_tune.training.weights import initial_method_state, load_weights, materialise
+from lrdint_tune.training.weights import file_spec, initial_method_state, load_weights, materialise, pretrained_tensors
 from lrdint_tune.training.world import World
 
 log = logging.getLogger(__name__)
@@ -79,7 +80,7 @@ class Trainer:
 
         # The model first, without memory: a wrong option must not wait for the data to be tokenised.
         model = build_model(cfg)
-        check_hf_config(self.checkpoint_dir, self.file_spec(model.spec))
+        check_hf_config(self.checkpoint_dir, file_spec(model.spec, untie_lm_head=cfg.untie_lm_head))
         tokenizer = build_tokenizer(cfg.tokenizer)
         check_parallel(model, cfg, world.device, world.mesh["shard"].size())
         self.accumulation = accumulation_steps(cfg, world.data_size)
@@ -103,6 +104,7 @@ class Trainer:
         if world.is_main:
             startup.warn(model.methods(), cfg)
         self.recorder = build_recorder(cfg)
+        world.on_main(self.recorder.check)
         self.profiler = ProfilerWindow(cfg.profiler, self.recorder.log_dir, world, self.total_steps)
 
         self.step = 0
@@ -138,11 +140,6 @@ class Trainer:
 
     # ------------------------------------------------------------------ building
 
-    def file_spec(self, spec: ModelSpec) -> ModelSpec:
-        """The model as the pretrained files know it: with ``untie_lm_head`` their head is still the embedding
-        matrix."""
-        return dataclasses.replace(spec, tie_word_embeddings=True) if self.cfg.untie_lm_head else spec
-
     def _load_model(self, model: LlamaDecoder) -> LlamaDecoder:
         new_tensors = initial_method_state(model, self.cfg.seed)
         parallelize(model, self.cfg, self.world)
@@ -153,21 +150,18 @@ class Trainer:
     def _weights(self, new_tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         yield from new_tensors.items()
         # After the start values: a folder of this project brings the method's trained tensors along.
-        for name, tensor in iter_hf_folder(self.checkpoint_dir, self.file_spec(self.spec)):
+        untie = self.cfg.untie_lm_head
+        for name, tensor in pretrained_tensors(self.checkpoint_dir, self.spec, untie_lm_head=untie):
             self.continues_method |= is_method_tensor(name)
             yield name, tensor
-            if self.cfg.untie_lm_head and name == "tok_embeddings.weight":
-                yield "output.weight", tensor
 
     def _calibrate(self) -> None:
         """Show the methods the first global batches, however they are spread over ranks; training starts with the same
         ones again."""
         count = min(self.cfg.calibration_batches or CALIBRATION_BATCHES, self.steps_per_epoch)
         self.loader.start_epoch(0)
-        batches = (
-            self._inputs(self.loader, self.loader.next_batch(), mask_padding=True)
-            for _ in range(count * self.accumulation)
-        )
+        taken = (self.loader.next_batch() for _ in range(count * self.accumulation))
+        batches = (self._inputs(self.loader, batch, mask_padding=True) for batch in together(taken, self.world.device))
         with uncompiled(self.model):
             self.model.calibrate(batches, reduce=dist.all_reduce)
         if self.world.is_main:
@@ -206,6 +200,8 @@ class Trainer:
         return {
             "step": self.step,
             "run": self.run_identity(),
+            "spec": dataclasses.asdict(self.spec),  # with the config, all that a consolidation needs
+            "config": dataclasses.asdict(self.cfg),
             "leaks_future": self.spec.leaks_future,
             "skipped_steps": self.nonfinite.skipped,
             "loader": self.loader.state_dict(),
@@ -238,6 +234,7 @@ class Trainer:
         Raises:
             NonFiniteLossError: NaN or infinite loss or gradient; nothing was updated with it (with ``optimizer_in_bwd``
             the parameters in memory were), the last checkpoint stands.
+            DataLostError: a rank cannot read its data any more; the last finished step is saved.
         """
         cfg = self.cfg
         self.checkpoints.set_aside_after(self.step)
@@ -275,6 +272,10 @@ class Trainer:
                     self.save(wait=last)
                     throughput.reset()
                 self.profiler.step()
+        except DataLostError:
+            if self.step and not self.world.on_main(lambda: self.step in self.checkpoints.steps()):
+                self.save()
+            raise
         finally:
             self.checkpoints.close()
             self.profiler.stop()
@@ -289,20 +290,27 @@ class Trainer:
         """One optimizer step; returns its scalars, its input tokens over all ranks and the seconds spent waiting for
         data."""
         start = time.perf_counter()
+        before = self.loader.epoch, self.loader.position
         if self.step % self.steps_per_epoch == 0:
             self.loader.start_epoch(self.step // self.steps_per_epoch)
         with record_function("data"):
-            batches = [self.loader.next_batch() for _ in range(self.accumulation)]
+            batches, lost = self._take_batches()
         data_seconds = time.perf_counter() - start
 
         self.model.advance_schedule(self.step)
         self.model.enable_diagnostics(logging_step)
         counts = torch.tensor(
-            [[b.num_label_tokens, b.num_input_tokens] for b in batches], dtype=torch.float64, device=self.world.device
-        ).sum(0)
+            [sum(b.num_label_tokens for b in batches), sum(b.num_input_tokens for b in batches), lost is not None],
+            dtype=torch.float64,
+            device=self.world.device,
+        )
         dist.all_reduce(counts)
-        # Ranks that share a sequence or a layer count the same batch.
-        label_tokens, input_tokens = (counts / (self.world.size // self.world.data_size)).tolist()
+        label_tokens, input_tokens, any_lost = counts.tolist()
+        if any_lost:  # the step is not made, so its data are the next one's
+            self.loader.epoch, self.loader.position = before
+            raise_everywhere(lost)
+        copies = self.world.size // self.world.data_size  # ranks that share a sequence or a layer count the same batch
+        label_tokens, input_tokens = label_tokens / copies, input_tokens / copies
         if not label_tokens:
             raise ConfigError(
                 f"dataset: no trained token in the batch of step {self.step + 1} (rows {rows_of(batches)}); check the "
@@ -346,6 +354,16 @@ class Trainer:
         self.model.advance_schedule(self.step)
         return values, input_tokens, data_seconds
 
+    def _take_batches(self) -> tuple[list[Batch], DataLostError | None]:
+        """This rank's batches of a step, or those that were there and why the next one is not."""
+        batches: list[Batch] = []
+        try:
+            for _ in range(self.accumulation):
+                batches.append(self.loader.next_batch())
+        except DataLostError as error:
+            return batches, error
+        return batches, None
+
     def _loss(self, loader: BatchLoader, batch: Batch) -> Tensor:
         """Sum of the token losses of a micro-batch."""
         needs_ends = any(method.needs_document_ends for method in self.model.methods())
@@ -367,7 +385,7 @@ class Trainer:
         total = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         self.model.enable_diagnostics(False)
         self.model.eval()  # the adapters' dropout
-        for batch in self.loader_val.epoch_batches():
+        for batch in together(self.loader_val.epoch_batches(), self.world.device):
             total[0] += self._loss(self.loader_val, batch).double()
             total[1] += batch.num_label_tokens / self.world.context_size
         self.model.train()
@@ -394,6 +412,8 @@ class Trainer:
         self.recorder.open(resumed_step=self.step)
         if self.step == 0:
             self.recorder.log_text("config", f"```yaml\n{OmegaConf.to_yaml(dataclasses.asdict(self.cfg))}\n```")
+            if skipped := bad_row_counts(self.cfg, self.loader, self.loader_val):
+                self.recorder.log(skipped, 0)
         return self.recorder
 
     # ------------------------------------------------------------------ results

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,8 @@ from lrdint_tune.adapters import Adapter, named_adapters
 from lrdint_tune.attention import AttentionMethod
 from lrdint_tune.errors import ConfigError
 from lrdint_tune.models.decoder import LlamaDecoder
+from lrdint_tune.models.hf import iter_hf_folder
+from lrdint_tune.models.spec import ModelSpec
 from lrdint_tune.training.nf4 import dequantised, fill_nf4, is_nf4
 
 
@@ -47,6 +51,24 @@ def materialise(model: LlamaDecoder, device: torch.device, *, cpu_offload: bool 
         if hasattr(module, "rope_init"):
             with device:
                 module.rope_init()
+
+
+def pretrained_tensors(folder: str | Path, spec: ModelSpec, *, untie_lm_head: bool) -> Iterator[tuple[str, Tensor]]:
+    """(state-dict name, CPU tensor) of a pretrained folder for a model, one at a time; see
+    :func:`~lrdint_tune.models.hf.iter_hf_folder`.
+
+    Args:
+        untie_lm_head: the model's head is its own copy of the file's embedding matrix.
+    """
+    for name, tensor in iter_hf_folder(folder, file_spec(spec, untie_lm_head=untie_lm_head)):
+        yield name, tensor
+        if untie_lm_head and name == "tok_embeddings.weight":
+            yield "output.weight", tensor
+
+
+def file_spec(spec: ModelSpec, *, untie_lm_head: bool) -> ModelSpec:
+    """The model as its pretrained files know it: with ``untie_lm_head`` their head is still the embedding matrix."""
+    return dataclasses.replace(spec, tie_word_embeddings=True) if untie_lm_head else spec
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pickle
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,12 @@ class CheckpointReader(dcp.FileSystemReader):
         """Names of all tensors."""
         return set(self.read_metadata().state_dict_metadata)
 
+    def stored(self, name: str) -> TensorStorageMetadata:
+        """Shape, dtype and parts of a tensor."""
+        entry = self.read_metadata().state_dict_metadata[name]
+        assert isinstance(entry, TensorStorageMetadata)  # all that the unpickler lets pass
+        return entry
+
 
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
@@ -121,10 +128,11 @@ class _MetadataUnpickler(pickle.Unpickler):
 def read_whole_tensors(reader: CheckpointReader, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
     """(name, whole CPU tensor), one at a time, put together from however many shards; no process group is needed."""
     for name in names:
-        stored = reader.read_metadata().state_dict_metadata[name]
-        assert isinstance(stored, TensorStorageMetadata)  # all that the reader lets pass
+        stored = reader.stored(name)
         tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
-        dcp.load({name: tensor}, storage_reader=reader, no_dist=True)
+        with warnings.catch_warnings():  # that there is no process group, which is what no_dist says
+            warnings.simplefilter("ignore", UserWarning)
+            dcp.load({name: tensor}, storage_reader=reader, no_dist=True)
         yield name, tensor
 
 

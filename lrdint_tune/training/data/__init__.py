@@ -5,6 +5,7 @@ from lrdint_tune.training.data.datasets import TokenisedDataset, chat_dataset, s
 from lrdint_tune.training.data.loader import Batch, BatchLoader
 from lrdint_tune.training.data.packing import PackPlan, pack_plan
 from lrdint_tune.training.data.ranks import main_process_first
+from lrdint_tune.training.data.watch import raise_everywhere, together
 
 __all__ = [
     "IGNORE_INDEX",
@@ -15,6 +16,8 @@ __all__ = [
     "chat_dataset",
     "main_process_first",
     "pack_plan",
+    "raise_everywhere",
     "sft_dataset",
     "text_dataset",
+    "together",
 ]

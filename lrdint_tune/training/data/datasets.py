@@ -13,13 +13,18 @@ from torch import Tensor
 from lrdint_tune.errors import ConfigError
 from lrdint_tune.models.loss import IGNORE_INDEX
 from lrdint_tune.training.data.encode import Conversation, Document, Encoder, PromptResponse, Tokenizer, tokenise
+from lrdint_tune.training.data.files import OnBadRow
 from lrdint_tune.training.data.ranks import is_main_process
 from lrdint_tune.training.data.sources import load_rows
+from lrdint_tune.training.data.watch import WatchedFiles
 
 log = logging.getLogger(__name__)
 
 
 LongRows = Literal["error", "truncate", "split"]
+
+# How many bad rows the log names.
+_REASONS_SHOWN = 5
 
 
 class TokenisedDataset:
@@ -33,8 +38,10 @@ class TokenisedDataset:
         token_counts: int64 [len(self)], tokens of each example.
         label_counts: int64 [len(self)], trained tokens of each example, all > 0.
         row_numbers: int64 [len(self)], row of the source each example comes from (counting from 0).
+        files: what the rows are read from.
         digest: hexadecimal digest of all tokens and label boundaries; equal data, equal digest.
         truncated, split, unlabelled: numbers of rows that were cut, split, left out.
+        bad_rows: number of rows left out because something is wrong with them (``on_bad_row=skip``).
 
     Args:
         table: dataset with the columns of ``encode.TOKEN_FEATURES``.
@@ -56,12 +63,17 @@ class TokenisedDataset:
         where: str = "dataset",
     ) -> None:
         self.where = where
+        self.files = WatchedFiles(file["filename"] for file in table.cache_files)
         chunks = table.data.column("tokens").chunks
         # Zero-copy views of the memory map: one flat array of ids and one of offsets per record batch.
         self._ids = [chunk.values.to_numpy(zero_copy_only=True) for chunk in chunks]
         self._offsets = [chunk.offsets.to_numpy(zero_copy_only=True) for chunk in chunks]
         self._first_row = np.cumsum([0] + [len(chunk) for chunk in chunks])
         counts = np.concatenate([np.diff(offsets) for offsets in self._offsets]).astype(np.int64)
+        bad = table.data.column("bad").drop_null()
+        self.bad_rows, self._reasons = len(bad), bad.slice(0, _REASONS_SHOWN).to_pylist()
+        if self.bad_rows == len(table):
+            raise ConfigError(f"dataset.on_bad_row='skip': {where}: no row is good; the first: {self._reasons[0]}")
         untrained, self._max_ids, crc = (table.data.column(name).to_numpy() for name in ("untrained", "max_id", "crc"))
 
         long = counts > max_seq_len
@@ -87,7 +99,7 @@ class TokenisedDataset:
         # Also leaves out a last piece of one token, whose only use was as the label before it.
         kept = np.flatnonzero(stops > firsts)
 
-        self.unlabelled = len(counts) - len(np.unique(rows[kept]))
+        self.unlabelled = len(counts) - len(np.unique(rows[kept])) - self.bad_rows
         if len(kept) == 0:
             raise ConfigError(
                 f"{where}: none of its {len(counts)} rows has a token to train on; give rows with a response, or raise "
@@ -113,6 +125,10 @@ class TokenisedDataset:
         log.info("%s: %d examples, %d tokens, %d trained", self.where, len(self), self.num_tokens, self.num_labels)
         if self.truncated:
             log.warning("%s: %d of %d rows truncated to %d tokens", self.where, self.truncated, rows, self.max_seq_len)
+        if self.bad_rows:
+            log.warning("%s: %d of %d rows are bad and left out; the first:", self.where, self.bad_rows, rows)
+            for reason in self._reasons:
+                log.warning("  %s", reason)
         if self.unlabelled:
             log.warning("%s: %d of %d rows left out: no token to train on", self.where, self.unlabelled, rows)
 
@@ -171,6 +187,7 @@ def sft_dataset(
     add_bos: bool | None = None,
     add_eos: bool = True,
     long_rows: LongRows = "error",
+    on_bad_row: OnBadRow = "error",
     num_rows: int | None = None,
     num_proc: int | None = None,
     cache_dir: str | None = None,
@@ -190,6 +207,9 @@ def sft_dataset(
         train_on_input: train the prompt too.
         add_bos: None: as the tokenizer does by itself; see ``encode.Encoder``.
         long_rows: ``error`` or ``truncate``; rows of more than ``max_seq_len`` tokens.
+        on_bad_row: ``error``, or ``skip``: rows that cannot be used (invalid JSON, a missing column, something else
+            than text, not Unicode, a broken conversation) are left out, counted, and told with file and line. Row
+            numbers stay those of the source. Files and datasets with bad rows only are refused all the same.
         num_proc: processes that tokenise; None: this one.
 
     Raises:
@@ -200,7 +220,7 @@ def sft_dataset(
             raise ConfigError(f"dataset.{key}_template={template!r}: does not contain {{{key}}}; add it")
     if source == "text":
         raise ConfigError("dataset.source='text': plain text has no prompt and response; use text_dataset")
-    _check(max_seq_len, long_rows, ("error", "truncate"))
+    _check(max_seq_len, on_bad_row, long_rows, ("error", "truncate"))
     columns = (prompt_column, response_column)
     rows = load_rows(
         source,
@@ -210,10 +230,18 @@ def sft_dataset(
         split=split,
         num_rows=num_rows,
         cache_dir=cache_dir,
+        on_bad_row=on_bad_row,
     )
     where = _describe(source, data_files, split)
     encoder = Encoder(tokenizer, add_bos, add_eos)
-    function = PromptResponse(encoder, columns, (prompt_template, response_template), train_on_input, where)
+    function = PromptResponse(
+        encoder,
+        columns,
+        where,
+        on_bad_row,
+        templates=(prompt_template, response_template),
+        train_on_input=train_on_input,
+    )
     return TokenisedDataset(
         tokenise(rows, function, num_proc),
         max_seq_len=max_seq_len,
@@ -235,6 +263,7 @@ def chat_dataset(
     add_bos: bool | None = None,
     add_eos: bool = True,
     long_rows: LongRows = "error",
+    on_bad_row: OnBadRow = "error",
     num_rows: int | None = None,
     num_proc: int | None = None,
     cache_dir: str | None = None,
@@ -253,19 +282,21 @@ def chat_dataset(
     role, content = turn_template.find("{role}"), turn_template.find("{content}")
     if not 0 <= role < content:
         raise ConfigError(f"dataset.turn_template={turn_template!r}: must contain {{role}} and then {{content}}")
-    _check(max_seq_len, long_rows, ("error", "truncate"))
+    _check(max_seq_len, on_bad_row, long_rows, ("error", "truncate"))
     rows = load_rows(
         source,
         columns=(conversation_column,),
-        as_json=True,
+        kind="conversation",
         data_files=data_files,
         name=name,
         split=split,
         num_rows=num_rows,
         cache_dir=cache_dir,
+        on_bad_row=on_bad_row,
     )
     where = _describe(source, data_files, split)
-    function = Conversation(Encoder(tokenizer, add_bos, add_eos), conversation_column, turn_template, where)
+    encoder = Encoder(tokenizer, add_bos, add_eos)
+    function = Conversation(encoder, (conversation_column,), where, on_bad_row, turn_template=turn_template)
     return TokenisedDataset(
         tokenise(rows, function, num_proc), max_seq_len=max_seq_len, long_rows=long_rows, where=where
     )
@@ -284,6 +315,7 @@ def text_dataset(
     add_bos: bool | None = None,
     add_eos: bool = True,
     long_rows: LongRows = "split",
+    on_bad_row: OnBadRow = "error",
     num_rows: int | None = None,
     num_proc: int | None = None,
     cache_dir: str | None = None,
@@ -302,7 +334,7 @@ def text_dataset(
     Raises:
         ConfigError: see ``load_rows``, ``encode`` and ``TokenisedDataset``.
     """
-    _check(max_seq_len, long_rows, ("split", "error", "truncate"))
+    _check(max_seq_len, on_bad_row, long_rows, ("split", "error", "truncate"))
     rows = load_rows(
         source,
         columns=(column,),
@@ -312,19 +344,22 @@ def text_dataset(
         separator=document_separator,
         num_rows=num_rows,
         cache_dir=cache_dir,
+        on_bad_row=on_bad_row,
     )
     where = _describe(source, data_files, split)
     return TokenisedDataset(
-        tokenise(rows, Document(Encoder(tokenizer, add_bos, add_eos), column, where), num_proc),
+        tokenise(rows, Document(Encoder(tokenizer, add_bos, add_eos), (column,), where, on_bad_row), num_proc),
         max_seq_len=max_seq_len,
         long_rows=long_rows,
         where=where,
     )
 
 
-def _check(max_seq_len: int, long_rows: str, choices: tuple[str, ...]) -> None:
+def _check(max_seq_len: int, on_bad_row: str, long_rows: str, choices: tuple[str, ...]) -> None:
     if max_seq_len < 2:
         raise ConfigError(f"max_seq_len={max_seq_len}: must be at least 2, one token and the one it predicts")
+    if on_bad_row not in ("error", "skip"):
+        raise ConfigError(f"dataset.on_bad_row={on_bad_row!r}: unknown; give one of error, skip")
     if long_rows not in choices:
         raise ConfigError(f"dataset.long_rows={long_rows!r}: unknown; give one of {', '.join(choices)}")
 

@@ -5,13 +5,20 @@ import gzip
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, Literal, cast
 
 from lrdint_tune.errors import ConfigError
 
-Row = dict[str, str]
+Row = dict[str, str | None]
+Kind = Literal["text", "json", "conversation"]
+OnBadRow = Literal["error", "skip"]
+
+# The column with what is wrong with a row that on_bad_row=skip leaves out.
+BAD_ROW = "__bad_row__"
 
 
 def resolve_files(data_files: Any, source: str) -> list[str]:
@@ -56,28 +63,50 @@ def content_digest(paths: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def read_json(paths: Sequence[str], columns: Sequence[str], as_json: bool = False, **_: Any) -> Iterator[Row]:
-    """Yield the text ``columns`` of every row of JSON files: one object per line, or one array of objects.
+def read_json(
+    paths: Sequence[str], columns: Sequence[str], kind: Kind = "text", on_bad_row: OnBadRow = "error", **_: Any
+) -> Iterator[Row]:
+    """Yield the ``columns`` of every row of JSON files: one object per line, or one array of objects.
 
-    With ``as_json`` a column may hold anything, and its JSON is the text. Files may be gzip-compressed (``.gz``). Other
-    columns are ignored and may differ between rows. Keyword arguments beyond these belong to the cache key only.
+    Files may be gzip-compressed (``.gz``). Other columns are ignored and may differ between rows. Keyword arguments
+    beyond these belong to the cache key only.
+
+    Args:
+        kind: what the columns hold: ``text``; ``json`` (anything, which comes as JSON text); ``conversation`` (lists of
+            ``{role, content}`` with a turn of the assistant, as JSON text).
+        on_bad_row: ``skip``: a row with something wrong in it comes as empty texts and the reason in ``BAD_ROW``, which
+            is None for the others.
 
     Raises:
-        ConfigError: unreadable file or invalid JSON (file and line), no rows at all, a row without a needed
-            column (with the columns it has), or a column that is not text. Rows count from 0 over all files.
+        ConfigError: unreadable file or broken array; no rows at all; with ``error`` an invalid line (file and line), a
+            row without a needed column (with the columns it has), or one of another kind; with ``skip`` a file that
+            has bad rows only. Rows count from 0 over all files.
     """
     number = 0
     for path in paths:
-        for line, record in _json_records(path):
+        good = bad = 0
+        reason = ""
+        for line, parse in _json_records(path):
             where = f"row {number} ({line}{path!r})"
-            yield _text_columns(record, columns, where, as_json)
             number += 1
+            try:
+                row: Row = _columns(parse(), columns, where, kind)
+                good += 1
+            except ConfigError as error:
+                if on_bad_row == "error":
+                    raise
+                bad, reason = bad + 1, reason or str(error)
+                yield {**dict.fromkeys(columns, ""), BAD_ROW: str(error)}
+                continue
+            yield row if on_bad_row == "error" else {**row, BAD_ROW: None}
+        if bad and not good:
+            raise _all_bad(path, bad, reason)
     if not number:
         raise _no_rows(paths)
 
 
-def _json_records(path: str) -> Iterator[tuple[str, Any]]:
-    """(text that leads to the record inside the file, record) for every record of a file."""
+def _json_records(path: str) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """(text that leads to the record inside the file, function that returns it) for every record of a file."""
     try:
         with _open(path) as file:
             first = file.read(1)
@@ -85,14 +114,18 @@ def _json_records(path: str) -> Iterator[tuple[str, Any]]:
                 first = file.read(1)
             file.seek(0)
             if first == b"[":
-                yield from (("", record) for record in _parse(file.read(), path, 1))
+                yield from (("", partial(_same, record)) for record in _parse(file.read(), path, 1))
             else:
                 for line, content in enumerate(file, start=1):
                     if not content.isspace():
                         # Without its end: an object that goes on below is an error of this line.
-                        yield f"line {line} of ", _parse(content.rstrip(), path, line)
-    except (OSError, EOFError) as error:
+                        yield f"line {line} of ", partial(_parse, content.rstrip(), path, line)
+    except (OSError, EOFError, zlib.error) as error:
         raise ConfigError(f"dataset.data_files={path!r}: cannot be read ({error})") from error
+
+
+def _same(record: Any) -> Any:
+    return record
 
 
 def _parse(content: bytes, path: str, first_line: int) -> Any:
@@ -102,21 +135,42 @@ def _parse(content: bytes, path: str, first_line: int) -> Any:
         line, reason = first_line + error.lineno - 1, f"{error.msg}, column {error.colno}"
     except UnicodeDecodeError as error:
         line, reason = first_line + content[: error.start].count(b"\n"), f"not UTF-8: {error.reason}"
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, endless nesting
+        line, reason = first_line, str(error)
     raise ConfigError(
         f"dataset.data_files={path!r}: line {line} is not valid JSON ({reason}); write one object per line, or one "
         "array of objects"
     )
 
 
-def _text_columns(record: Any, columns: Sequence[str], where: str, as_json: bool) -> Row:
+def _columns(record: Any, columns: Sequence[str], where: str, kind: Kind) -> Row:
     if not isinstance(record, dict):
         raise ConfigError(f"{where}: holds a {type(record).__name__}; expected an object with {_names(columns)}")
-    row = {}
+    row: Row = {}
     for column in columns:
         if column not in record:
             raise ConfigError(f"{where}: no column {column!r}; it has {_names(record)}; correct the row or the config")
-        row[column] = json.dumps(record[column]) if as_json else check_text(record[column], column, where)
+        if kind == "conversation":
+            check_conversation(record[column], column, where)
+        row[column] = check_text(record[column], column, where) if kind == "text" else json.dumps(record[column])
     return row
+
+
+def check_conversation(turns: Any, column: str, where: str) -> int:
+    """The number of the last turn of the assistant in ``[{role, content}, ...]``.
+
+    Raises:
+        ConfigError: it is something else, has no such turn, or a content up to it is not text.
+    """
+    if not isinstance(turns, list) or not all(isinstance(t, dict) and {"role", "content"} <= t.keys() for t in turns):
+        raise ConfigError(f"{where}: column {column!r} is no list of {{role, content}}; correct or drop the row")
+    last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=None)
+    if last is None:
+        raise ConfigError(f"{where}: column {column!r} has no turn of the assistant; correct or drop the row")
+    for turn in turns[: last + 1]:
+        check_text(turn["role"], column, where)
+        check_text(turn["content"], column, where)
+    return last
 
 
 def check_text(value: Any, column: str, where: str) -> str:
@@ -135,34 +189,64 @@ def _names(columns: Iterable[str]) -> str:
     return ", ".join(repr(column) for column in columns) or "no columns"
 
 
-def read_text(paths: Sequence[str], separator: str | None, column: str, **_: Any) -> Iterator[Row]:
+def read_text(
+    paths: Sequence[str], separator: str | None, column: str, on_bad_row: OnBadRow = "error", **_: Any
+) -> Iterator[Row]:
     """Yield ``{column: document}`` for every non-blank document of UTF-8 text files.
 
     Args:
         separator: regular expression between two documents of a file; None: every file is one document.
+        on_bad_row: as for :func:`read_json`; a bad row is a document with bytes that are no UTF-8.
 
     Raises:
-        ConfigError: a file that cannot be read or is not UTF-8 (file and line), or no documents at all.
+        ConfigError: a file that cannot be read; no documents at all; with ``error`` a document that is not UTF-8 (file
+            and line); with ``skip`` a file without another one.
     """
     empty = True
     for path in paths:
         try:
             with _open(path) as file:
-                content = file.read()
-        except (OSError, EOFError) as error:
+                # Bytes that are no UTF-8 become surrogates, which no other text holds.
+                text = file.read().decode(errors="surrogateescape")
+        except (OSError, EOFError, zlib.error) as error:
             raise ConfigError(f"dataset.data_files={path!r}: cannot be read ({error})") from error
-        try:
-            text = content.decode()
-        except UnicodeDecodeError as error:
-            line = content[: error.start].count(b"\n") + 1
-            raise ConfigError(f"dataset.data_files={path!r}: line {line} is not UTF-8; convert the file") from error
-        for document in [text] if separator is None else re.split(separator, text):
-            if document.strip():
-                empty = False
-                yield {column: document}
+        good = bad = 0
+        reason = ""
+        for start, document in _documents(text, separator):
+            if not document.strip():
+                continue
+            empty = False
+            try:
+                document.encode()
+                good += 1
+            except UnicodeEncodeError as error:
+                line = text.count("\n", 0, start + error.start) + 1
+                message = f"dataset.data_files={path!r}: line {line} is not UTF-8; convert the file"
+                if on_bad_row == "error":
+                    raise ConfigError(message) from None
+                bad, reason = bad + 1, reason or message
+                yield {column: "", BAD_ROW: message}
+                continue
+            yield {column: document} if on_bad_row == "error" else {column: document, BAD_ROW: None}
+        if bad and not good:
+            raise _all_bad(path, bad, reason)
     if empty:
         raise _no_rows(paths)
 
 
+def _documents(text: str, separator: str | None) -> Iterator[tuple[int, str]]:
+    """(where it begins, document) for what stands between the matches of ``separator``."""
+    begin = 0
+    for match in re.finditer(separator, text) if separator is not None else ():
+        yield begin, text[begin : match.start()]
+        begin = match.end()
+    yield begin, text[begin:]
+
+
 def _no_rows(paths: Sequence[str]) -> ConfigError:
     return ConfigError(f"dataset.data_files={', '.join(map(repr, paths))}: no rows; give files with rows")
+
+
+def _all_bad(path: str, count: int, first: str) -> ConfigError:
+    rows = "its only row is bad" if count == 1 else f"all of its {count} rows are bad, the first"
+    return ConfigError(f"dataset.on_bad_row='skip': {path!r}: {rows}: {first}")

@@ -130,6 +130,7 @@ class BatchLoader:
 
         Raises:
             RuntimeError: the epoch is over (with ``drop_last``: what is left does not fill a micro-batch).
+            DataLostError: a file of the dataset vanished or shrank; the position stays.
         """
         micro, packs = self.batch_size * self.dp_size, len(self._plan(self.epoch))
         if self.position + (micro if self.drop_last else 1) > packs:
@@ -139,7 +140,11 @@ class BatchLoader:
         return batch
 
     def epoch_batches(self) -> Iterator[Batch]:
-        """All micro-batches of the current epoch from its beginning; the position stays where it is."""
+        """All micro-batches of the current epoch from its beginning; the position stays where it is.
+
+        Raises:
+            DataLostError: as :meth:`next_batch`.
+        """
         micro, packs = self.batch_size * self.dp_size, len(self._plan(self.epoch))
         for position in range(0, packs // micro * micro if self.drop_last else packs, micro):
             yield self._batch_at(position)
@@ -160,6 +165,7 @@ class BatchLoader:
 
     def _batch_at(self, position: int) -> Batch:
         plan = self._plan(self.epoch)
+        self.dataset.files.check()
         begin = position + self.dp_rank * self.batch_size
         packs = range(begin, begin + self.batch_size)
         return self._batch([plan[pack] if pack < len(plan) else plan.rows[:0] for pack in packs])

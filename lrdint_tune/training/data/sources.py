@@ -7,16 +7,26 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 from datasets.exceptions import DatasetGenerationError
 
 from lrdint_tune.errors import ConfigError
-from lrdint_tune.training.data.files import content_digest, read_json, read_text, resolve_files
+from lrdint_tune.training.data.files import (
+    BAD_ROW,
+    Kind,
+    OnBadRow,
+    Row,
+    content_digest,
+    read_json,
+    read_text,
+    resolve_files,
+)
 from lrdint_tune.training.data.ranks import is_main_process
 
 log = logging.getLogger(__name__)
 
 # Part of the cache key of rows read from local files: raise it when the readers' output changes.
-_READER_VERSION = 1
+_READER_VERSION = 2
 
 
 def load_rows(
@@ -29,7 +39,8 @@ def load_rows(
     separator: str | None = None,
     num_rows: int | None = None,
     cache_dir: str | None = None,
-    as_json: bool = False,
+    kind: Kind = "text",
+    on_bad_row: OnBadRow = "error",
 ) -> datasets.Dataset:
     """Load the rows of one split; the result has (at least) ``columns``.
 
@@ -43,7 +54,9 @@ def load_rows(
         split: split with an optional slice, such as ``train[:95%]``. Local files have the one split ``train``.
         separator: regular expression between the documents of a text file (``source: text``).
         num_rows: use the first ``num_rows`` rows only.
-        as_json: columns of local JSON files may hold anything, and come as JSON text.
+        kind: what the columns of local JSON files hold; see ``files.read_json``.
+        on_bad_row: ``skip``: the result has one more column, ``files.BAD_ROW``, for local files. Rows of other sources
+            are not looked at here.
         cache_dir: where to keep the rows and later the tokens; None: the Hugging Face default (``HF_DATASETS_CACHE``).
 
     Raises:
@@ -56,7 +69,7 @@ def load_rows(
     if source in ("json", "text"):
         if name is not None and is_main_process():
             log.warning("dataset.name=%r has no effect on local files (dataset.source=%s)", name, source)
-        rows = _local(source, resolve_files(data_files, source), columns, separator, cache_dir, as_json)
+        rows = _local(source, resolve_files(data_files, source), columns, separator, cache_dir, kind, on_bad_row)
         rows = _slice(rows, split)
     else:
         rows = _load(source, name=name, data_files=_plain(data_files), split=split, cache_dir=cache_dir)
@@ -79,25 +92,43 @@ def _local(
     columns: Sequence[str],
     separator: str | None,
     cache_dir: str | None,
-    as_json: bool,
+    kind: Kind,
+    on_bad_row: OnBadRow,
 ) -> datasets.Dataset:
     # Not load_dataset("json"): it guesses types per block (dates, nulls for missing keys) and cannot say which line
     # is wrong. Tuples, because lists among the arguments of a generator mean shards.
-    reader: Callable[..., Iterator[dict[str, str]]] = read_json
-    options: dict[str, Any] = {"columns": tuple(columns), "as_json": as_json}
+    reader: Callable[..., Iterator[Row]] = read_json
+    options: dict[str, Any] = {"columns": tuple(columns), "kind": kind}
     if source == "text":
         reader, options = read_text, {"separator": _checked_separator(separator), "column": columns[0]}
+    names = [*columns, BAD_ROW] if on_bad_row == "skip" else columns
+    options |= {"digest": content_digest(paths), "version": _READER_VERSION, "on_bad_row": on_bad_row}
     try:
         return datasets.Dataset.from_generator(
             reader,
-            features=datasets.Features({column: datasets.Value("string") for column in columns}),
+            features=datasets.Features({column: datasets.Value("string") for column in names}),
             cache_dir=cache_dir,
-            gen_kwargs={"paths": tuple(paths), "digest": content_digest(paths), "version": _READER_VERSION, **options},
+            gen_kwargs={"paths": tuple(paths), **options},
         )
     except DatasetGenerationError as error:
-        if isinstance(error.__cause__, ConfigError):
-            raise error.__cause__ from None
+        cause = error.__cause__
+        if isinstance(cause, ConfigError):
+            raise cause from None
+        if isinstance(cause, OSError):
+            raise cache_error(cause, cache_dir) from error
         raise
+    except (OSError, pa.ArrowInvalid) as error:
+        raise cache_error(error, cache_dir) from error
+
+
+def cache_error(error: Exception, folder: str | None) -> ConfigError:
+    """For Arrow files that cannot be written (a full disk) or were damaged after they had been."""
+    folder = folder or str(datasets.config.HF_DATASETS_CACHE)
+    reason = " ".join(str(error).split())
+    return ConfigError(
+        f"dataset.cache_dir={folder!r}: cannot be written or is damaged ({reason}); make room there, or remove what "
+        "is named or the whole folder: it is made again"
+    )
 
 
 def _checked_separator(separator: str | None) -> str | None:

@@ -1,14 +1,16 @@
-"""Records that can be continued, and rates that count what they say."""
+"""Records that can be continued, and that wait while the disk is full."""
 
 import json
+import math
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lrdint_tune.training import metrics
-from lrdint_tune.training.metrics import Progress, TensorBoardLogger, Throughput, memory_values
+from lrdint_tune.errors import ConfigError
+from lrdint_tune.training.metrics import TensorBoardLogger, append
 
 
 def recorded(folder: Path) -> list[tuple[int, float]]:
@@ -61,64 +63,110 @@ def test_text_is_shown(tmp_path: Path) -> None:
     assert "config/text_summary" in EventAccumulator(str(tmp_path)).Reload().Tags()["tensors"]
 
 
-def test_rates(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [100.0]
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
-    throughput = Throughput(flops_per_token=3e12, causal_flops_per_token=2e12, world_size=2, peak_tflops=150)
-    throughput.add(40, 0.5)
-    throughput.add(60, 1.5)
-    now[0] += 4
-    assert throughput.take() == {
-        "throughput(tps)": 25.0,
-        "tflops": 25.0 * 3 / 2,
-        "tflops_causal": 25.0,
-        "mfu(%)": 25.0,
-        "time_metrics/end_to_end(s)": 2.0,
-        "time_metrics/data_loading(s)": 1.0,
-    }
-    now[0] += 3  # a validation, say
-    throughput.reset()
-    now[0] += 1
-    throughput.add(10, 0)
-    assert throughput.take()["throughput(tps)"] == 10.0
+def test_no_number_is_a_gap(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(str(tmp_path))
+    logger.open(resumed_step=0)
+    for step, value in enumerate([1.0, math.nan, math.inf, 2.0]):
+        logger.log({"loss": value}, step)
+    logger.close()
+    assert recorded(tmp_path) == logger.history("loss") == [(0, 1.0), (3, 2.0)]
 
 
-def test_no_mfu_without_a_peak() -> None:
-    throughput = Throughput(flops_per_token=3e12, causal_flops_per_token=2e12, world_size=2)
-    throughput.add(40, 0.5)
-    assert not any(tag.startswith("mfu") for tag in throughput.take())
+# ---------------------------------------------------------------- a full disk
 
 
-def test_memory_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: {"num_alloc_retries": 3, "num_ooms": 1, "other": 7})
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 2**30)
-    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 2**31)
-    assert memory_values(torch.device("cuda")) == {
-        "memory/max_active(GiB)": 1.0,
-        "memory/max_reserved(GiB)": 2.0,
-        "memory/num_alloc_retries": 3,
-        "memory/num_ooms": 1,
-    }
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder on a file system of 64 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("mounting a small file system takes root")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
 
 
-def test_memory() -> None:
-    (value,) = memory_values(torch.device("cpu")).values()
-    assert 0.05 < value < 100  # GiB of this process
+def fill(folder: Path) -> Path:
+    """Take all the room there is, to the last byte."""
+    file = folder / "filler"
+    with open(file, "ab", buffering=0) as target:
+        with pytest.raises(OSError, match="No space left"):
+            while True:
+                target.write(b"x" * 4096)
+    return file
 
 
-def test_progress_shows_loss_and_rate(capsys: pytest.CaptureFixture[str]) -> None:
-    progress = Progress(total=10, done=4, enabled=True)
-    progress.update(1.2345, 1000)
-    progress.message("step 5: fine")
-    progress.close()
-    out, err = capsys.readouterr()
-    assert "step 5: fine" in out
-    assert "loss=1.2345" in err and "tok_s=1,000" in err and "5/10" in err
+def whole_lines(folder: Path) -> list[int]:
+    text = (folder / "metrics.jsonl").read_text()
+    assert text == "" or text.endswith("\n")
+    return [json.loads(line)["step"] for line in text.splitlines()]
 
 
-def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
-    progress = Progress(total=10, done=0, enabled=False)
-    progress.update(1.0, 1.0)
-    progress.message("no")
-    progress.close()
-    assert capsys.readouterr() == ("", "")
+def test_full_disk(disk: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing raises, the files stay readable, and with room again everything is there, in both."""
+    logs = disk / "logs"
+    logger = TensorBoardLogger(str(logs))
+    logger.open(resumed_step=0)
+    logger.log({"loss": 0.0}, 0)
+    filler = fill(disk)
+    for step in range(1, 400):  # more than what is left of the files' last pages
+        logger.log({"loss": float(step)}, step)
+    assert caplog.text.count("cannot be written (No space left on device)") == 1
+    written = whole_lines(logs)
+    assert written == list(range(len(written))) and len(written) < 400
+    assert recorded(logs) == [(step, float(step)) for step in range(len(recorded(logs)))]
+    everything = [(step, float(step)) for step in range(401)]
+    assert logger.history("loss") == everything[:-1]
+    filler.unlink()
+    logger.log({"loss": 400.0}, 400)
+    logger.close()
+    assert caplog.text.count("is written again, nothing is missing") == 1
+    assert whole_lines(logs) == list(range(401))
+    assert recorded(logs) == logger.history("loss") == everything
+
+
+def test_full_from_the_beginning(disk: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A resumed run keeps the record of the earlier one until it can write."""
+    logs = disk / "logs"
+    write(logs, 0, range(0, 6), 1.0)
+    filler = fill(disk)
+    logger = TensorBoardLogger(str(logs))
+    logger.open(resumed_step=3)
+    logger.log({"loss": 2.0}, 4)
+    assert whole_lines(logs) == list(range(6))
+    filler.unlink()
+    logger.log({"loss": 2.0}, 5)
+    logger.close()
+    expected = [(step, 1.0 if step <= 3 else 2.0) for step in range(6)]
+    assert recorded(logs) == logger.history("loss") == expected
+    assert sorted(path.name.split(".")[0] for path in logs.iterdir()) == ["events", "events", "metrics"]
+
+
+def test_full_to_the_end(disk: Path, caplog: pytest.LogCaptureFixture) -> None:
+    logger = TensorBoardLogger(str(disk / "logs"))
+    fill(disk)
+    logger.open(resumed_step=0)
+    for step in range(3):
+        logger.log({"loss": 1.0}, step)
+    logger.close()
+    assert "the last values were not written" in caplog.text
+    assert logger.history("loss") == [(0, 1.0), (1, 1.0), (2, 1.0)]
+
+
+def test_append_is_all_or_nothing(disk: Path) -> None:
+    file = disk / "file"
+    append(file, b"first")
+    with pytest.raises(OSError, match="No space left"):
+        append(file, b"x" * 70_000)
+    assert file.read_bytes() == b"first"
+    append(file, b" second")
+    assert file.read_bytes() == b"first second"
+
+
+def test_log_dir_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "logs"):
+        with pytest.raises(ConfigError, match=r"metric_logger.log_dir='.*': .*file is no folder; choose another"):
+            TensorBoardLogger(str(path)).check()
+    TensorBoardLogger(str(tmp_path / "new" / "logs")).check()
+    assert not (tmp_path / "new").exists()
