@@ -19,11 +19,12 @@ import signal
 import sys
 from dataclasses import fields
 from pathlib import Path
+from typing import NoReturn
 
-from lrdint_tune.errors import ConfigError
-from lrdint_tune.exit_codes import BAD_INPUT, DONE
+from lrdint_tune.errors import ConfigError, ReportedError
+from lrdint_tune.exit_codes import DONE
 from lrdint_tune.faults import report
-from lrdint_tune.faults.experiment import Baseline, Outcome, UndisturbedRunFailed, disturb, undisturbed
+from lrdint_tune.faults.experiment import Baseline, Outcome, disturb, undisturbed
 from lrdint_tune.faults.faults import FAULTS, Fault, unavailable
 from lrdint_tune.faults.start import TORCHRUN, Launch
 from lrdint_tune.faults.tiny_run import write_stories_run
@@ -31,6 +32,7 @@ from lrdint_tune.training.config import TrainConfig
 
 OWN_LAUNCHER = "lrdint_tune.launch"
 FAILED = 1
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -170,21 +172,27 @@ def _command() -> str:
     return shlex.join(["python", "-m", "lrdint_tune.faults", *sys.argv[1:]])
 
 
+def tidy_up_on_signals() -> None:
+    """Make a signal end this process through its ``finally`` blocks: processes, mounts and namespaces must go."""
+
+    def stop(number: int, frame: object) -> NoReturn:
+        for again in _SIGNALS:  # one is enough
+            signal.signal(again, signal.SIG_IGN)
+        print(f"{signal.Signals(number).name}: tidying up", file=sys.stderr, flush=True)
+        sys.exit(128 + number)
+
+    for number in _SIGNALS:
+        signal.signal(number, stop)
+
+
 def main() -> int:
     """The command; returns its exit code."""
-    # Through the finally blocks: processes, mounts and namespaces must go.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    tidy_up_on_signals()
     try:
         outcomes = run(*parse(sys.argv[1:]))
-    except ConfigError as error:
+    except ReportedError as error:
         print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
-    except UndisturbedRunFailed as error:
-        print(f"error: the undisturbed run failed: {error}", file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return 130
+        return error.exit_code
     return FAILED if any(outcome.problems for outcome in outcomes) else DONE
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
+from lrdint_tune.errors import ReportedError
 from lrdint_tune.faults.faults import Fault, Missed, Scene
 from lrdint_tune.faults.network import Network, two_hosts
 from lrdint_tune.faults.record import HELDOUT_LOSS, published, read_losses, recorded_step, results, resumed_step
@@ -23,8 +24,10 @@ _LONGEST_DELAY = 0.1  # seconds between a step and the fault
 _LATEST = 0.8  # of all steps
 
 
-class UndisturbedRunFailed(RuntimeError):
+class UndisturbedRunFailed(ReportedError):
     """There is nothing to compare with; the message ends with what the run said last."""
+
+    exit_code = 1
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Outcome:
     """What became of a run.
 
     Attributes:
+        reported: what the user was told, on every host.
         codes: for every start, the exit codes of its launchers.
         steps_lost: made, recorded, and made again.
         checkpoints_lost: what happened to them, in words.
@@ -56,7 +60,7 @@ class Outcome:
 
     fault: str
     moment: str = ""
-    reported: str = ""
+    reported: list[str] = field(default_factory=list)
     codes: list[list[int]] = field(default_factory=list)
     steps_lost: int = 0
     checkpoints_lost: list[str] = field(default_factory=list)
@@ -75,9 +79,11 @@ def undisturbed(launch: Launch, folder: Path, limit: float) -> Baseline:
     output_dir, begin = folder / "out", time.monotonic()
     with Start(launch.commands(output_dir), [folder / "start-1.log"]) as start:
         if not start.wait(limit):
-            raise UndisturbedRunFailed(f"not over after {limit:g} s, its log: {start.logs[0]}")
+            raise UndisturbedRunFailed(f"the undisturbed run was not over after {limit:g} s, its log: {start.logs[0]}")
         if any(start.codes()):
-            raise UndisturbedRunFailed(f"exit code {start.codes()[0]}, {_last_word(start.lines())}")
+            raise UndisturbedRunFailed(
+                f"the undisturbed run ended with {start.codes()[0]}: {_last_word(start.lines()[0])}"
+            )
     checkpoints = published(output_dir / "checkpoints")
     latest = checkpoints[max(checkpoints)]
     return Baseline(
@@ -104,7 +110,7 @@ def disturb(
         network = stack.enter_context(two_hosts(folder)) if fault.two_hosts else None
         stack.enter_context(fault.around(output_dir, baseline.checkpoint_bytes, draw))
         watch = stack.enter_context(CheckpointWatch(output_dir / "checkpoints", keep_last_n))
-        lines: list[list[str]] = []
+        lines: list[list[list[str]]] = []
         for start in _starts(launch, folder, network):
             with start:
                 if not outcome.codes:
@@ -120,18 +126,22 @@ def disturb(
                 reached = recorded_step(output_dir)
                 fault.repair(scene)
             elif len(lines) == 2:
-                outcome.steps_lost = reached - resumed_step(lines[1])
+                outcome.steps_lost = reached - resumed_step(lines[1][0])
             if not any(outcome.codes[-1]) or len(lines) == MAX_STARTS:
                 break
         outcome.checkpoints_lost = watch.lost
-        outcome.reported = reported(lines[:2], fault.says)
+        outcome.reported = [reported(of_host, fault.says) for of_host in zip(*lines[:2], strict=False)]
         outcome.seconds = time.monotonic() - begin
         _judge(outcome, fault, launch, baseline, output_dir)
     return outcome
 
 
-def reported(starts: list[list[str]], says: str) -> str:
-    """What the user was told: the line that says what it has to, else the first error, else nothing."""
+def reported(starts: Sequence[list[str]], says: str) -> str:
+    """What the user was told: the line that says what it has to, else the first error, else nothing.
+
+    Args:
+        starts: the lines of the disturbed start and, if there was one, the next.
+    """
     lines = [line for start in starts for line in start]
     fitting = [line for line in lines if re.search(says, line)]
     errors = [line for line in lines if line.startswith(("error:", "warning:"))]
@@ -168,7 +178,7 @@ def _judge(outcome: Outcome, fault: Fault, launch: Launch, baseline: Baseline, o
         outcome.problems.append(f"exit code {code}, expected {' or '.join(map(str, sorted(fault.codes)))}")
     if any(last):
         outcome.problems.append(f"did not get to its end in {len(outcome.codes)} starts")
-    if not re.search(fault.says, outcome.reported):
+    if not all(re.search(fault.says, line) for line in outcome.reported):
         outcome.problems.append("did not say what happened")
     if outcome.steps_lost and not fault.loses_steps:
         outcome.problems.append(f"lost {outcome.steps_lost} steps")

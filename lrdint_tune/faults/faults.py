@@ -70,7 +70,7 @@ class Fault(ABC):
 
     Attributes:
         codes: how the launcher may end.
-        says: what the disturbed start, or the one after it, has to say: a regular expression.
+        says: what the disturbed start, or the one after it, has to say on every host: a regular expression.
         needs_root: it mounts something or makes network namespaces.
         two_hosts: the run is spread over two.
         loses_steps: whether steps may have to be made again.
@@ -100,7 +100,7 @@ class Fault(ABC):
 class KillRank(Fault):
     name = "kill -9 of a rank"
     codes = frozenset({KILLED, LOST_RANK})
-    says = r"rank \d+.*(SIGKILL|signal 9)"
+    says = r"lost rank \d+ on \S+:|rank \d+ on \S+: killed by SIGKILL"
 
     def inject(self, scene: Scene) -> str:
         rank, pid = scene.rank()
@@ -111,7 +111,7 @@ class KillRank(Fault):
 class KillLauncher(Fault):
     name = "kill -9 of the launcher"
     codes = frozenset({KILLED})
-    says = r"launcher"
+    says = r"launcher of rank \d+ on \S+ is dead"
 
     def inject(self, scene: Scene) -> str:
         scene.start.launchers[0].kill()
@@ -120,7 +120,7 @@ class KillLauncher(Fault):
 
 class _Signal(Fault):
     number: ClassVar[signal.Signals]
-    says = r"SIG(TERM|USR1|INT)"
+    says = r"^SIG(TERM|USR1|INT): "
     loses_steps = False
 
     def inject(self, scene: Scene) -> str:
@@ -163,7 +163,7 @@ class TerminateTwice(_Signal):
 class Freeze(Fault):
     name = "SIGSTOP of a rank"
     codes = frozenset({LOST_RANK})
-    says = r"rank \d+"
+    says = r"lost rank \d+ on \S+:"
 
     def inject(self, scene: Scene) -> str:
         rank, pid = scene.rank()
@@ -174,7 +174,7 @@ class Freeze(Fault):
 class KillInSave(Fault):
     name = "kill -9 inside a save"
     codes = frozenset({KILLED, LOST_RANK})
-    says = r"rank \d+.*(SIGKILL|signal 9)"
+    says = r"lost rank \d+ on \S+:|rank \d+ on \S+: killed by SIGKILL"
 
     def inject(self, scene: Scene) -> str:
         while True:
@@ -275,7 +275,7 @@ class FullDiskForAWhile(_FullDisk):
 
     def inject(self, scene: Scene) -> str:
         done = super().inject(scene)
-        scene.until(lambda: any(re.search(self.says, line) for line in scene.start.lines()))
+        scene.until(lambda: any(re.search(self.says, line) for line in scene.start.lines()[0]))
         self.repair(scene)
         return done
 
@@ -289,7 +289,7 @@ class FullOutputDisk(_FullDisk):
 class CutLink(Fault):
     name = "link between two hosts cut"
     codes = frozenset({LOST_RANK})
-    says = r"rank \d+.*node-[12]"
+    says = r"lost rank \d+"
     needs_root = True
     two_hosts = True
 

@@ -23,7 +23,7 @@ def row(outcome: Outcome) -> tuple[str, ...]:
     return (
         outcome.fault,
         outcome.moment,
-        outcome.reported or "nothing",
+        "; ".join(line or "nothing" for line in outcome.reported),
         codes,
         str(outcome.steps_lost),
         str(len(outcome.checkpoints_lost)),

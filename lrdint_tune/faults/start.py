@@ -108,9 +108,9 @@ class Start:
         """The launchers' exit codes, as a shell shows them: 128 + n for signal n."""
         return [code if (code := launcher.wait()) >= 0 else 128 - code for launcher in self.launchers]
 
-    def lines(self) -> list[str]:
+    def lines(self) -> list[list[str]]:
         """All that was said, host by host."""
-        return [line for log in self.logs for line in said(log)]
+        return [said(log) for log in self.logs]
 
     def kill(self) -> None:
         """SIGKILL to everything, launchers first: none is left to say or to tidy up anything."""
