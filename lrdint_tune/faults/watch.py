@@ -38,8 +38,8 @@ class CheckpointWatch:
         self._thread.join()
 
     def damaged(self, step: int) -> None:
-        """``step-N`` is about to be damaged on purpose: what becomes of this folder is no loss. A later one of that name
-        counts again."""
+        """``step-N`` is about to be damaged on purpose: what becomes of this folder is no loss; a later one with its
+        name counts again."""
         with self._lock:
             self._look()
             self._digests.pop(step, None)
@@ -53,6 +53,7 @@ class CheckpointWatch:
                 now = _digest(self.folder / f"step-{step}")
                 if before is not None and now != before:
                     self.lost.append(f"step-{step} changed after it was published")
+                self._digests[step] = now
 
     def _run(self) -> None:
         while not self._over.wait(_INTERVAL_SECONDS):
