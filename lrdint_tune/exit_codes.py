@@ -1,6 +1,7 @@
-"""How the process ends, for scripts that decide what to do next. Anything else is a crash (1), or 128 + n: signal n."""
+"""How the process ends, for scripts that decide what to do next. Anything else is 128 + n: signal n."""
 
 DONE = 0
+CRASH = 1  # with a traceback
 BAD_INPUT = 2  # nothing was trained; the same command fails again
 NONFINITE = 3  # NaN or infinite loss or gradient
 DOES_NOT_FIT = 4  # the planner's verdict

@@ -12,21 +12,45 @@ from __future__ import annotations
 import sys
 
 from omegaconf import DictConfig
+from torch.distributed.checkpoint import CheckpointException
 
 from lrdint_tune.entry import recipe
-from lrdint_tune.exit_codes import DONE
+from lrdint_tune.errors import ReportedError
+from lrdint_tune.exit_codes import CRASH, DONE
 from lrdint_tune.training.config import load_config
+from lrdint_tune.training.heartbeat import Heartbeat
+from lrdint_tune.training.interruption import Interruption, Stopped
+from lrdint_tune.training.pulse import Pulse
 from lrdint_tune.training.trainer import Trainer
 from lrdint_tune.training.world import end_world, start_world
 
 
-@recipe(at_end=end_world)
+@recipe()
 def recipe_main(cfg: DictConfig) -> int:
     """Run the recipe from a config file and ``key=value`` overrides; returns the process's exit code."""
-    checked = load_config(cfg)
-    world = start_world(checked.device, **checked.mesh_dims)
-    Trainer(checked, world).train()
-    return DONE
+    interruption, pulse = Interruption(), Pulse()
+    heartbeat = Heartbeat(pulse)
+    interruption.install(before_exit=heartbeat.yield_to_others)
+    code = CRASH
+    try:
+        checked = load_config(cfg)
+        world = start_world(checked.device, **checked.mesh_dims)
+        heartbeat.start(checked.train_timeout_seconds)
+        Trainer(checked, world, interruption=interruption, pulse=pulse).train()
+        code = DONE
+    except Stopped as stop:
+        code = stop.exit_code
+    except ReportedError as error:
+        code = error.exit_code
+        raise
+    except (RuntimeError, CheckpointException):
+        heartbeat.blame_others()
+        raise
+    finally:
+        interruption.ignore()  # torchrun's SIGTERM, sent when another rank has ended, must not change the code
+        heartbeat.leave(code)
+        end_world()
+    return code
 
 
 if __name__ == "__main__":

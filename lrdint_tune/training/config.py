@@ -23,6 +23,8 @@ from lrdint_tune.training.trainable import TRAINABLE_GROUPS
 Section = dict[str, Any]
 
 DEFAULT_SKIPPED_STEPS = 10
+# Seconds. A loaded machine delays beats; the process group has its own limit.
+SHORTEST_TIMEOUT, GROUP_TIMEOUT = 3.0, 1800.0
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,7 @@ class TrainConfig(RunConfig):
     fp8: str = "none"
     fp8_all_gather: bool = False
     quantize_base: str = "none"
+    train_timeout_seconds: float = 600.0
     # Checkpoints and records
     save_every_n_steps: int | None = None
     keep_last_n_checkpoints: int = 2
@@ -190,6 +193,11 @@ class TrainConfig(RunConfig):
             )
         if self.peak_tflops is not None and not 0 < self.peak_tflops < math.inf:
             raise ConfigError(f"peak_tflops={self.peak_tflops:g}: must be positive; leave it out if it is not known")
+        if not SHORTEST_TIMEOUT <= self.train_timeout_seconds < GROUP_TIMEOUT:
+            raise ConfigError(
+                f"train_timeout_seconds={self.train_timeout_seconds:g}: must be at least {SHORTEST_TIMEOUT:g} and less "
+                f"than {GROUP_TIMEOUT:g}, when collectives give up"
+            )
         check_memory(self)
         check_profiler(self.profiler)
         if "checkpoint_dir" not in self.checkpointer:

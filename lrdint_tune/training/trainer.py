@@ -40,6 +40,7 @@ from lrdint_tune.training.data import Batch, BatchLoader, raise_everywhere, toge
 from lrdint_tune.training.flops import training_flops_per_token
 from lrdint_tune.training.gradients import diagnostics
 from lrdint_tune.training.hardware import device_peak
+from lrdint_tune.training.interruption import Interruption, Stopped, stop_if_any
 from lrdint_tune.training.memory import check_device, check_passes
 from lrdint_tune.training.metrics import TensorBoardLogger
 from lrdint_tune.training.nonfinite import NonFiniteSteps, rows_of
@@ -47,6 +48,7 @@ from lrdint_tune.training.parallelize import check_parallel, parallelize
 from lrdint_tune.training.precision import check_precision_device, describe_precision
 from lrdint_tune.training.profiling import ProfilerWindow
 from lrdint_tune.training.progress import Progress, Throughput, memory_values
+from lrdint_tune.training.pulse import Pulse
 from lrdint_tune.training.results import write_results
 from lrdint_tune.training.schedule import learning_rates, restore_schedule, schedule_state
 from lrdint_tune.training.trainable import optimizer_groups, parameter_table, set_trainable
@@ -65,13 +67,23 @@ class Trainer:
     Args:
         cfg: the checked config.
         world: this process among the others.
+        interruption: the signals to listen to; without it there are none.
+        pulse: told what is being done, for those who watch.
 
     Raises:
         ConfigError: for anything in the config, the files or the data that is wrong.
     """
 
-    def __init__(self, cfg: TrainConfig, world: World) -> None:
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        world: World,
+        *,
+        interruption: Interruption | None = None,
+        pulse: Pulse | None = None,
+    ) -> None:
         self.cfg, self.world = cfg, world
+        self.interruption, self.pulse = interruption or Interruption(), pulse or Pulse()
         check_precision_device(cfg, world.device)
         torch.manual_seed(cfg.seed)
         self.output_dir = Path(cfg.output_dir)
@@ -235,8 +247,11 @@ class Trainer:
             NonFiniteLossError: NaN or infinite loss or gradient; nothing was updated with it (with ``optimizer_in_bwd``
             the parameters in memory were), the last checkpoint stands.
             DataLostError: a rank cannot read its data any more; the last finished step is saved.
+            Stopped: a rank received a signal; the last finished step is saved.
+            NotSavedError: the last checkpoint or the results cannot be written.
         """
         cfg = self.cfg
+        self.interruption.defer("the step is finished and saved, then the run stops")
         self.checkpoints.set_aside_after(self.step)
         recorder = self._open_recorder()
         progress = Progress(self.total_steps, self.step, enabled=self.world.is_main)
@@ -248,7 +263,7 @@ class Trainer:
         )
         tps = 0.0
         try:
-            if self.step == 0 and self.loader_val is not None:
+            if self._validation_is_missing():
                 self._record_validation(recorder, progress)
             throughput.reset()
             self.profiler.start(self.total_steps - self.step)
@@ -263,18 +278,18 @@ class Trainer:
                         recorder.log({**values, **rates, **memory_values(self.world.device)}, self.step)
                 progress.update(values["loss_metrics/global_avg_loss"], tps)
                 last = self.step == self.total_steps
-                if self.loader_val is not None and (
-                    last or (cfg.run_val_every_n_steps and self.step % cfg.run_val_every_n_steps == 0)
-                ):
+                if self._validation_is_due():
                     self._record_validation(recorder, progress)
                     throughput.reset()
                 if last or (cfg.save_every_n_steps and self.step % cfg.save_every_n_steps == 0):
+                    self.pulse.enter("saving", self.step)
                     self.save(wait=last)
                     throughput.reset()
                 self.profiler.step()
-        except DataLostError:
-            if self.step and not self.world.on_main(lambda: self.step in self.checkpoints.steps()):
-                self.save()
+        except (Stopped, DataLostError) as end:
+            self._save_last_step()
+            if isinstance(end, Stopped):
+                progress.message(self._stopped_by(end))
             raise
         finally:
             self.checkpoints.close()
@@ -282,13 +297,43 @@ class Trainer:
             progress.close()
             if recorder is not None:
                 recorder.close()
+        self.interruption.defer("the results are written to the end")
+        self.pulse.enter("writing the results", self.step)
         self.export()
         if recorder is not None:
             self._report(recorder)
 
+    def _save_last_step(self) -> None:
+        """Save the last finished step, unless that is done or there is none."""
+        self.pulse.enter("saving", self.step)
+        if self.step and not self.checkpoints.has(self.step):
+            self.save(wait=True)
+        # A rank that ends makes torchrun send SIGTERM to the others: not before all of them are deaf to it.
+        self.interruption.ignore()
+        dist.barrier()
+
+    def _stopped_by(self, stop: Stopped) -> str:
+        state = f"step {self.step} of {self.total_steps} is saved" if self.step else "no step was made"
+        return f"stopped by {stop.cause.name}: {state}; the same command goes on from there"
+
+    def _validation_is_due(self) -> bool:
+        """Whether there is one after the step just made."""
+        every = self.cfg.run_val_every_n_steps
+        return self.loader_val is not None and (
+            self.step in (0, self.total_steps) or (every is not None and self.step % every == 0)
+        )
+
+    def _validation_is_missing(self) -> bool:
+        """Whether the start has one to make: the first of the run, or one that a signal cut short."""
+        if not self._validation_is_due():
+            return False
+        recorded = self.world.on_main(lambda: [step for step, _ in self.recorder.history("validation_metrics/loss")])
+        return self.step not in recorded
+
     def _train_step(self, logging_step: bool) -> tuple[dict[str, float], float, float]:
         """One optimizer step; returns its scalars, its input tokens over all ranks and the seconds spent waiting for
         data."""
+        self.pulse.enter("training", self.step + 1, watch=True)
         start = time.perf_counter()
         before = self.loader.epoch, self.loader.position
         if self.step % self.steps_per_epoch == 0:
@@ -300,15 +345,22 @@ class Trainer:
         self.model.advance_schedule(self.step)
         self.model.enable_diagnostics(logging_step)
         counts = torch.tensor(
-            [sum(b.num_label_tokens for b in batches), sum(b.num_input_tokens for b in batches), lost is not None],
+            [
+                sum(b.num_label_tokens for b in batches),
+                sum(b.num_input_tokens for b in batches),
+                lost is not None,
+                *self.interruption.flags(),
+            ],
             dtype=torch.float64,
             device=self.world.device,
         )
         dist.all_reduce(counts)
-        label_tokens, input_tokens, any_lost = counts.tolist()
-        if any_lost:  # the step is not made, so its data are the next one's
+        label_tokens, input_tokens, any_lost, *signals = counts.tolist()
+        if any_lost or any(signals):  # the step is not made, so its data are the next one's
             self.loader.epoch, self.loader.position = before
             raise_everywhere(lost)
+            stop_if_any(signals)
+        self.pulse.mark()
         copies = self.world.size // self.world.data_size  # ranks that share a sequence or a layer count the same batch
         label_tokens, input_tokens = label_tokens / copies, input_tokens / copies
         if not label_tokens:
@@ -327,6 +379,7 @@ class Trainer:
                 # FSDP2 averages gradients over the ranks that hold parts of the loss; it is per token over all of them.
                 (loss * (self.world.size // self.world.tensor_size / label_tokens)).backward()
             losses.append(loss.detach())
+            self.pulse.mark()
         loss = torch.stack(losses).sum().double()
         dist.all_reduce(loss)
         average = loss.item() / self.world.tensor_size / label_tokens
@@ -382,15 +435,23 @@ class Trainer:
     def validate(self) -> float:
         """NLL per trained token over ``dataset_val``, in nats, teacher-forced."""
         assert self.loader_val is not None
+        self.pulse.enter("validation", self.step, watch=True)
         total = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         self.model.enable_diagnostics(False)
         self.model.eval()  # the adapters' dropout
         for batch in together(self.loader_val.epoch_batches(), self.world.device):
+            self._stop_if_interrupted()
             total[0] += self._loss(self.loader_val, batch).double()
             total[1] += batch.num_label_tokens / self.world.context_size
+            self.pulse.mark()
         self.model.train()
         dist.all_reduce(total)
         return float(total[0] / total[1])
+
+    def _stop_if_interrupted(self) -> None:
+        signals = torch.tensor(self.interruption.flags(), device=self.world.device)
+        dist.all_reduce(signals)
+        stop_if_any(signals.tolist())
 
     def _record_validation(self, recorder: TensorBoardLogger | None, progress: Progress) -> None:
         nll = self.validate()

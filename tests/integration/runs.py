@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import signal
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lrdint_tune.training.checkpoint.folder import LOCK_FILE
+from lrdint_tune.training.interruption import REPEAT_SECONDS
 from lrdint_tune.training.trainer import Trainer
 from tests.common.tiny_run import read_losses
 from tests.distributed.harness import run_recipe
@@ -100,3 +102,20 @@ def kill_at(step: int, rank: int = 0) -> None:
         return original(self, *args)
 
     Trainer._train_step = train_step  # type: ignore[assignment,method-assign]
+
+
+def signal_in(method: str, number: int, *, step: int = 0, rank: int | None = None, times: int = 1) -> None:
+    """Make ``rank`` (None: every rank) send itself a signal when it enters the trainer's ``method`` after ``step``
+    steps, and again as often as ``times`` says, far enough apart to count."""
+    original = getattr(Trainer, method)
+
+    def signalled(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        if getattr(self, "step", 0) == step and rank in (None, dist.get_rank()):
+            for _ in range(times):
+                os.kill(os.getpid(), number)
+                while self.interruption.received is None:  # another thread takes it
+                    time.sleep(0.001)
+                time.sleep(REPEAT_SECONDS + 0.2 if times > 1 else 0)
+        return original(self, *args, **kwargs)
+
+    setattr(Trainer, method, signalled)

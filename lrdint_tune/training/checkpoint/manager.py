@@ -145,6 +145,11 @@ class CheckpointManager:
             )
         return manifest, next((problem for _, problems, _ in gathered for problem in problems), None)
 
+    def has(self, step: int) -> bool:
+        """Whether there is a checkpoint of that step; one that is being written is waited for."""
+        self._end_pending()
+        return self.world.on_main(lambda: step in self.folder.steps())
+
     def set_aside_after(self, step: int) -> None:
         """See :meth:`CheckpointFolder.set_aside_after`."""
         self.world.on_main(lambda: self.folder.set_aside_after(step))

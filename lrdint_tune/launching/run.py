@@ -1,0 +1,87 @@
+"""The workers of this node, from the first signal handler to the exit code."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+from torch.distributed.elastic.agent.server import WorkerSpec
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.rendezvous.api import RendezvousError
+from torch.distributed.launcher.api import LaunchConfig
+
+from lrdint_tune.exit_codes import DONE, INTERRUPTED, LOST_RANK, PREEMPTED
+from lrdint_tune.launching.agent import Agent, ignore_signals, plural, raise_signal, root_cause, say, shell_code
+from lrdint_tune.launching.nodes import describe_loss, meet
+
+
+def launch(config: LaunchConfig, command: str, command_args: list[str]) -> int:
+    """Meet the other nodes, run the workers, and say how they ended; returns the exit code."""
+    agent, handler, by_signal = None, None, False
+    for name in config.signals_to_handle.split(","):
+        signal.signal(signal.Signals[name], raise_signal)
+    try:
+        handler = meet(config)
+        agent = Agent(
+            spec=WorkerSpec(
+                role=config.role,
+                local_world_size=config.nproc_per_node,
+                entrypoint=command,
+                args=tuple(command_args),
+                rdzv_handler=handler,
+                max_restarts=config.max_restarts,
+                monitor_interval=config.monitor_interval,
+                local_addr=config.local_addr,
+                event_log_handler=config.event_log_handler,
+                numa_options=config.numa_options,
+                duplicate_stdout_filters=config.duplicate_stdout_filters,
+                duplicate_stderr_filters=config.duplicate_stderr_filters,
+                virtual_local_rank=config.virtual_local_rank,
+            ),
+            logs_specs=config.logs_specs,  # type: ignore[arg-type]  # never None after __post_init__
+            start_method=config.start_method,
+            log_line_prefix_template=config.log_line_prefix_template,
+            shutdown_timeout=config.shutdown_timeout,  # type: ignore[arg-type]
+        )
+        os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = config.signals_to_handle
+        result = agent.run()
+        failed = result is None or result.is_failed()  # None: torch found the rendezvous full or closed
+        return shell_code(agent.cause[1]) if failed and agent.cause else (LOST_RANK if failed else DONE)
+    except SignalException as stop:
+        by_signal = True
+        return after_signal(agent, stop.sigval)
+    except RendezvousError as error:
+        print(f"error: {describe_loss(error, config, handler)}", file=sys.stderr, flush=True)
+        return after_lost_nodes(agent)
+    finally:
+        ignore_signals()  # the code is known
+        # After a signal the others may go on, as torchrun lets them.
+        if handler is not None and not by_signal:
+            handler.shutdown()
+
+
+def after_signal(agent: Agent | None, first: signal.Signals) -> int:
+    """The exit code when a signal ended the agent: the workers' own, if there were any to end."""
+    if agent is not None and agent.forced is not None:
+        say(f"{agent.forced.name}, the second signal: ended at once")
+        return 128 + agent.forced
+    unsaved = {signal.SIGTERM: PREEMPTED, signal.SIGUSR1: PREEMPTED, signal.SIGINT: INTERRUPTED}.get(first, 128 + first)
+    if agent is None or not agent.stopped:
+        say(f"{first.name} before there were workers: nothing to save")
+        return unsaved
+    # One that died of the signal itself was still importing: the recipe handles it before it has anything to save.
+    codes = {rank: unsaved if code == -first else code for rank, code in agent.stopped.items()}
+    for code in sorted(set(codes.values())):
+        ranks = [rank for rank in sorted(codes) if codes[rank] == code]
+        say(f"rank{plural(ranks)}: exit code {shell_code(code)} after {first.name}")
+    return shell_code(root_cause(codes)[1])
+
+
+def after_lost_nodes(agent: Agent | None) -> int:
+    """The exit code when the nodes did not meet, or lost each other."""
+    if agent is not None and agent.stopped:
+        return shell_code(root_cause(agent.stopped)[1])
+    if agent is not None and agent.cause is not None:
+        return shell_code(agent.cause[1])
+    return LOST_RANK
