@@ -17,7 +17,6 @@ import random
 import shlex
 import signal
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import NoReturn
 
@@ -28,7 +27,6 @@ from lrdint_tune.faults.experiment import Baseline, Outcome, disturb, undisturbe
 from lrdint_tune.faults.faults import FAULTS, Fault, unavailable
 from lrdint_tune.faults.start import TORCHRUN, Launch
 from lrdint_tune.faults.tiny_run import write_stories_run
-from lrdint_tune.training.config import TrainConfig
 
 OWN_LAUNCHER = "lrdint_tune.launch"
 FAILED = 1
@@ -120,9 +118,8 @@ def prepare(options: argparse.Namespace, overrides: list[str]) -> Launch:
         f"keep_last_n_checkpoints={options.keep_last_n_checkpoints}",
         "log_every_n_steps=1",  # steps are counted in the record
         "resume=auto",
+        f"train_timeout_seconds={options.train_timeout_seconds}",
     ]
-    if any(f.name == "train_timeout_seconds" for f in fields(TrainConfig)):
-        own.append(f"train_timeout_seconds={options.train_timeout_seconds}")
     return Launch(options.launcher, config, options.nproc_per_node, (*overrides, *own))
 
 

@@ -115,7 +115,7 @@ def disturb(
             with start:
                 if not outcome.codes:
                     scene = Scene(start, output_dir, watch, draw, baseline.checkpoint_bytes, network)
-                    _make(fault, scene, baseline.steps, outcome)
+                    made = _make(fault, scene, baseline.steps, outcome)
                 if not start.wait(limit):
                     outcome.problems.append(f"start {len(lines) + 1} was not over after {limit:.0f} s")
                 start.kill()
@@ -124,7 +124,8 @@ def disturb(
             watch.check()
             if len(lines) == 1:
                 reached = recorded_step(output_dir)
-                fault.repair(scene)
+                if made:
+                    fault.repair(scene)
             elif len(lines) == 2:
                 outcome.steps_lost = reached - resumed_step(lines[1][0])
             if not any(outcome.codes[-1]) or len(lines) == MAX_STARTS:
@@ -155,7 +156,8 @@ def _starts(launch: Launch, folder: Path, network: Network | None) -> Iterator[S
         yield Start(commands, [folder / f"start-{i}{host}.log" for host in hosts])
 
 
-def _make(fault: Fault, scene: Scene, steps: int, outcome: Outcome) -> None:
+def _make(fault: Fault, scene: Scene, steps: int, outcome: Outcome) -> bool:
+    """Wait for a random moment and inject; False, with a problem noted, when that could not be done."""
     step = scene.draw.randint(1, int(steps * _LATEST))
     delay = scene.draw.uniform(0.0, _LONGEST_DELAY)
     checkpoints = scene.output_dir / "checkpoints"
@@ -164,10 +166,11 @@ def _make(fault: Fault, scene: Scene, steps: int, outcome: Outcome) -> None:
         scene.until(lambda: len(published(checkpoints)) >= fault.checkpoints)
         time.sleep(delay)
         done = fault.inject(scene)
-    except Missed:
-        outcome.problems.append(f"the run was over before step {step}, or without what the fault waits for")
-        return
+    except Missed as reason:
+        outcome.problems.append(f"not made: {reason}")
+        return False
     outcome.moment = f"after step {recorded_step(scene.output_dir)}; {done}"
+    return True
 
 
 def _judge(outcome: Outcome, fault: Fault, launch: Launch, baseline: Baseline, output_dir: Path) -> None:

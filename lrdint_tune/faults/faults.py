@@ -16,7 +16,7 @@ from pathlib import Path
 from signal import SIGCONT, SIGINT, SIGKILL, SIGSTOP, SIGTERM, SIGUSR1
 from typing import ClassVar
 
-from lrdint_tune.exit_codes import DONE, INTERRUPTED, LOST_RANK, NOT_SAVED, PREEMPTED
+from lrdint_tune.exit_codes import DATA_LOST, DONE, INTERRUPTED, LOST_RANK, NOT_SAVED, PREEMPTED
 from lrdint_tune.faults import disk, processes
 from lrdint_tune.faults.network import Network
 from lrdint_tune.faults.record import published
@@ -28,7 +28,7 @@ KILLED = 128 + SIGKILL
 
 
 class Missed(Exception):
-    """The run was over before the fault could be made."""
+    """The fault could not be made; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,14 @@ class Scene:
         """Wait for it. Raises Missed if the run ends before."""
         while not condition():
             if not self.start.running():
-                raise Missed
+                raise Missed("the run was over before it")
             time.sleep(POLL_SECONDS)
 
     def rank(self) -> tuple[int, int]:
         """A random rank and its process id."""
         ranks = self.start.ranks()
         if not ranks:
-            raise Missed
+            raise Missed("the ranks were gone before it")
         rank = self.draw.choice(sorted(ranks))
         return rank, ranks[rank]
 
@@ -91,7 +91,7 @@ class Fault(ABC):
 
     @abstractmethod
     def inject(self, scene: Scene) -> str:
-        """Make the fault; returns a few words on what was done. Raises Missed if the run was over before."""
+        """Make the fault; returns a few words on what was done. Raises Missed."""
 
     def repair(self, scene: Scene) -> None:  # noqa: B027  # most leave nothing to repair
         """What an operator does before starting the run again."""
@@ -286,6 +286,31 @@ class FullOutputDisk(_FullDisk):
     folder = "."
 
 
+class LoseData(Fault):
+    """A file of the data goes while it is read, and is there again for the next start."""
+
+    name = "data file vanishes"
+    codes = frozenset({DATA_LOST})
+    says = r"error: \S+\.arrow: "
+    loses_steps = False
+
+    def inject(self, scene: Scene) -> str:
+        rank, pid = scene.rank()
+        files = processes.mapped(pid, ".arrow")
+        if not files:
+            raise Missed(f"rank {rank} has no Arrow file mapped")
+        self.file = scene.draw.choice(files)
+        self.file.rename(self._away)
+        return self.file.name
+
+    def repair(self, scene: Scene) -> None:
+        self._away.rename(self.file)
+
+    @property
+    def _away(self) -> Path:
+        return self.file.with_name(f"{self.file.name}.away")
+
+
 class CutLink(Fault):
     name = "link between two hosts cut"
     codes = frozenset({LOST_RANK})
@@ -323,6 +348,7 @@ FAULTS: tuple[type[Fault], ...] = (
     FullDisk,
     FullDiskForAWhile,
     FullOutputDisk,
+    LoseData,
     CutLink,
 )
 

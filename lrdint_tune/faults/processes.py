@@ -32,6 +32,13 @@ def ranks_of(*launchers: int) -> dict[int, int]:
     return ranks
 
 
+def mapped(pid: int, suffix: str) -> list[Path]:
+    """The files whose names end so and that the process has mapped into its memory."""
+    lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    paths = {line.split(maxsplit=5)[5] for line in lines if line.endswith(suffix)}
+    return [Path(path) for path in sorted(paths)]
+
+
 def send(pids: Iterable[int], number: signal.Signals) -> None:
     """Signal each process that is still there."""
     for pid in pids:

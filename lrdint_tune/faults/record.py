@@ -26,12 +26,6 @@ def recorded_step(output_dir: Path) -> int:
     return int(whole.rpartition('{"step": ')[2].split(",")[0]) if whole else 0
 
 
-def record_file(output_dir: Path) -> int | None:
-    """Identifies the file that steps are recorded in: each start begins a new one."""
-    file = _metrics(output_dir)
-    return file.stat().st_ino if file.is_file() else None
-
-
 def published(checkpoints: Path) -> dict[int, Path]:
     """Step -> folder of the checkpoints that are whole by their names, oldest first."""
     try:
