@@ -23,7 +23,9 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
-from tests.common.tiny_run import read_losses, write_run  # noqa: E402  # also run as a script
+from lrdint_tune.faults.processes import ranks_of  # noqa: E402  # also run as a script
+from lrdint_tune.faults.record import published, recorded_step  # noqa: E402
+from tests.common.tiny_run import read_losses, write_run  # noqa: E402
 
 RECIPE = "lrdint_tune.full_finetune_distributed"
 # 24 steps of a few hundredths of a second, a checkpoint every 3.
@@ -56,34 +58,6 @@ def record_file(output_dir: Path) -> int | None:
     return file.stat().st_ino if file.is_file() else None
 
 
-def recorded_step(output_dir: Path) -> int:
-    file = output_dir / "logs" / "metrics.jsonl"
-    whole = file.read_text().rpartition("\n")[0] if file.is_file() else ""
-    return int(whole.rpartition('{"step": ')[2].split(",")[0]) if whole else 0
-
-
-def last_checkpoint(output_dir: Path) -> int:
-    folder = output_dir / "checkpoints"
-    done = [path for path in folder.glob("step-*") if (path / "train_state.json").is_file()]
-    return max((int(path.name.removeprefix("step-")) for path in done if path.suffix == ""), default=0)
-
-
-def ranks_of(launcher: int) -> dict[int, int]:
-    """Rank -> process id of the launcher's children."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        try:
-            if not entry.name.isdigit() or int((entry / "stat").read_text().rpartition(")")[2].split()[1]) != launcher:
-                continue
-            variables = (entry / "environ").read_bytes().split(b"\0")
-        except OSError:  # it ended meanwhile
-            continue
-        rank = [v.removeprefix(b"RANK=") for v in variables if v.startswith(b"RANK=")]
-        if rank:
-            found[int(rank[0])] = int(entry.name)
-    return found
-
-
 def run_with_kills(
     config: Path, output_dir: Path, overrides: list[str], *, steps: int, kills: int, seed: int
 ) -> list[Kill]:
@@ -109,7 +83,14 @@ def run_with_kills(
                 ranks, rank = ranks_of(job.pid), draw.randrange(2)
                 if rank not in ranks:
                     break
-                done.append(Kill(rank, ranks[rank], recorded_step(output_dir), last_checkpoint(output_dir)))
+                done.append(
+                    Kill(
+                        rank,
+                        ranks[rank],
+                        recorded_step(output_dir),
+                        max(published(output_dir / "checkpoints"), default=0),
+                    )
+                )
                 os.kill(ranks[rank], signal.SIGKILL)
             code = job.wait()
         finally:
