@@ -129,13 +129,14 @@ class Heartbeat:
     # ------------------------------------------------------------------ threads
 
     def _beats(self) -> None:
-        assert self._store is not None
+        store = self._store
+        assert store is not None
         count = 0
         while not self._left_told.is_set():
             count += 1
             try:
                 left = self._left
-                self._store.set(str(self.rank), _encode(self._beat(count, left)))
+                store.set(str(self.rank), _encode(self._beat(count, left)))
                 self._read()
                 self._answered = self._awake
                 if left is not None:
