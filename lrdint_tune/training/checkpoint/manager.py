@@ -266,24 +266,6 @@ class CheckpointManager:
             )
 
 
-def check_same_run(saved: dict[str, Any], current: dict[str, Any], path: Path) -> None:
-    """Refuse to continue a run of another model, method or training setup.
-
-    Raises:
-        ConfigError: listing the keys that differ, with both values.
-    """
-    keys = sorted(set(saved) | set(current))
-    differing = [
-        f"{key} is {saved.get(key)!r} there and {current.get(key)!r} here"
-        for key in keys
-        if saved.get(key) != current.get(key)
-    ]
-    if differing:
-        raise ConfigError(
-            f"resume={path}: checkpoint of another run: {'; '.join(differing)}; use another output_dir or resume=never"
-        )
-
-
 def _reason(error: BaseException) -> str:
     if isinstance(error, dcp.CheckpointException):
         rank, (cause, _) = next(iter(error.failures.items()))
