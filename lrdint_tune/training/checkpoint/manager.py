@@ -26,6 +26,7 @@ from lrdint_tune.training.checkpoint.manifest import (
     read_manifest,
     write_manifest,
 )
+from lrdint_tune.training.checkpoint.pieces import PiecewiseSavePlanner
 from lrdint_tune.training.checkpoint.state import (
     OPTIMIZER,
     make_room,
@@ -181,7 +182,7 @@ class CheckpointManager:
             self.folder.publish(step)
 
         writer = CheckpointWriter(partial, publish)
-        upload = dcp.async_save(state, storage_writer=writer, process_group=self.group)
+        upload = dcp.async_save(state, storage_writer=writer, planner=PiecewiseSavePlanner(), process_group=self.group)
         self._pending = (step, cast("Future[Any]", upload))
         if wait:
             problem = self._end_pending()
