@@ -105,7 +105,6 @@ class Trainer:
         if world.is_main:
             startup.warn(model.methods(), cfg)
         self.recorder = build_recorder(cfg)
-        world.on_main(self.recorder.check)
         self.profiler = ProfilerWindow(cfg.profiler, self.recorder.log_dir, world, self.total_steps)
 
         self.step = 0
@@ -116,6 +115,7 @@ class Trainer:
         )
         # One rank looks: on a network file system two ranks may see two different latest checkpoints.
         world.on_main(self.checkpoints.check_writable)
+        world.on_main(self.recorder.check)
         world.on_main(self.checkpoints.recover)
         if cfg.resume != "auto" and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) and world.is_main:
             log.warning("resume=%s: a restart by torchrun begins there again; auto goes on from the latest", cfg.resume)
