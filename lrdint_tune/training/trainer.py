@@ -117,7 +117,6 @@ class Trainer:
         if world.is_main:
             startup.warn(model.methods(), cfg)
         self.recorder = build_recorder(cfg)
-        world.on_main(self.recorder.check)
         self.profiler = ProfilerWindow(cfg.profiler, self.recorder.log_dir, world, self.total_steps)
 
         self.step = 0
@@ -126,6 +125,7 @@ class Trainer:
         self.checkpoints = CheckpointManager(
             self.output_dir / "checkpoints", keep_last_n=cfg.keep_last_n_checkpoints, world=world
         )
+        world.on_main(self.recorder.check)
         if cfg.resume != "auto" and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) and world.is_main:
             log.warning("resume=%s: a restart by torchrun begins there again; auto goes on from the latest", cfg.resume)
         resume_from, saved = self.checkpoints.find(cfg.resume, self._check_checkpoint)
