@@ -50,6 +50,9 @@ def load(**changes: Any) -> TrainConfig:
         ({"epochs": "three"}, ["epochs", "three", "int"]),
         ({"clip_grad_norm": "small"}, ["clip_grad_norm", "small", "float"]),
         ({"clip_grad_norm": -1.0}, ["clip_grad_norm", "positive"]),
+        ({"train_timeout_seconds": 1}, ["train_timeout_seconds=1", "at least 3"]),
+        ({"train_timeout_seconds": 1800.0}, ["train_timeout_seconds=1800", "less than 1800"]),
+        ({"train_timeout_seconds": None}, ["train_timeout_seconds", "float"]),
         ({"trainable": ["adapters"]}, ["trainable", "adapters", "adapter", "attention"]),
         ({"trainable": []}, ["trainable", "nothing to train"]),
         (
