@@ -31,3 +31,9 @@ class NotSavedError(ReportedError):
     """The last checkpoint or the results could not be written, what was saved before stands; the message says why."""
 
     exit_code = exit_codes.NOT_SAVED
+
+
+class UnreachableError(ReportedError):
+    """Processes that did not come, or cannot talk to each other; the message names the address and who is missing."""
+
+    exit_code = exit_codes.LOST_RANK

@@ -10,6 +10,7 @@ Exit codes: lrdint_tune/exit_codes.py.
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 from omegaconf import DictConfig
 from torch.distributed.checkpoint import CheckpointException
@@ -20,6 +21,7 @@ from lrdint_tune.exit_codes import CRASH, DONE
 from lrdint_tune.training.config import load_config
 from lrdint_tune.training.heartbeat import Heartbeat
 from lrdint_tune.training.interruption import Interruption, Stopped
+from lrdint_tune.training.preflight import preflight
 from lrdint_tune.training.pulse import Pulse
 from lrdint_tune.training.trainer import Trainer
 from lrdint_tune.training.world import end_world, start_world
@@ -34,7 +36,12 @@ def recipe_main(cfg: DictConfig) -> int:
     code = CRASH
     try:
         checked = load_config(cfg)
-        world = start_world(checked.device, **checked.mesh_dims)
+        world = start_world(
+            checked.device,
+            partial(preflight, checked),
+            **checked.mesh_dims,
+            init_timeout_seconds=checked.init_timeout_seconds,
+        )
         heartbeat.start(checked.train_timeout_seconds)
         Trainer(checked, world, interruption=interruption, pulse=pulse).train()
         code = DONE

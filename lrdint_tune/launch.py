@@ -29,8 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
     from lrdint_tune.launching.options import compose, parse
     from lrdint_tune.launching.run import launch
 
-    if quiet:  # the workers decide for themselves
-        del os.environ["TORCH_CPP_LOG_LEVEL"]
+    if quiet:  # for the workers: the pages are warnings, what NCCL's watchdog says are errors
+        os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
     if "LOGLEVEL" not in os.environ:  # torch logs tracebacks of what is said here in one line
         logging.disable(logging.CRITICAL)
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import time
 from typing import Any
 
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
@@ -14,6 +13,7 @@ from torch.distributed.launcher.api import LaunchConfig
 
 from lrdint_tune.launching.agent import say
 from lrdint_tune.launching.options import DEFAULT_PORT
+from lrdint_tune.reachability import listens, wait_for
 
 JOIN_SECONDS = 600  # torch's default
 
@@ -28,14 +28,17 @@ def meet(config: LaunchConfig) -> RendezvousHandler:
     options: dict[str, Any] = dict(config.rdzv_configs)
     if config.rdzv_backend == "c10d" and config.max_nodes > 1 and options.get("store_type", "tcp") == "tcp":
         host, port = parse_rendezvous_endpoint(config.rdzv_endpoint, default_port=DEFAULT_PORT)
-        if "is_host" not in options and not _matches_machine_hostname(host):
-            if is_own_address(host):
-                # torch compares names and the addresses of this machine's name, so it overlooks other interfaces.
-                options["is_host"] = "false" if listens(host, port) else "true"
-            else:
-                wait_for(host, port, join_seconds(config))
-        elif str(options.get("is_host")).lower() in ("0", "false", "f", "n", "no"):
-            wait_for(host, port, join_seconds(config))
+        is_host = options.get("is_host")
+        if is_host is None and not _matches_machine_hostname(host):
+            # torch compares names and the addresses of this machine's name, so it overlooks other interfaces.
+            options["is_host"] = is_host = str(is_own_address(host) and not listens(host, port)).lower()
+        if str(is_host).lower() in ("0", "false", "f", "n", "no"):
+            try:
+                wait_for(host, port, join_seconds(config), lambda: say(f"waiting for {host}:{port}"))
+            except ConnectionError as error:
+                raise RendezvousError(
+                    f"--rdzv_endpoint={host}:{port}: {error}; does this command run on {host}, is the port open?"
+                ) from None
     parameters = RendezvousParameters(
         backend=config.rdzv_backend,
         endpoint=config.rdzv_endpoint,
@@ -67,37 +70,6 @@ def is_own_address(host: str) -> bool:
     except OSError:
         return False
     return True
-
-
-def listens(host: str, port: int) -> bool:
-    try:
-        socket.create_connection((host, port), timeout=5).close()
-    except OSError:
-        return False
-    return True
-
-
-def wait_for(host: str, port: int, seconds: float) -> None:
-    """Until something listens at ``host:port``.
-
-    Raises:
-        RendezvousError: nothing did; the message says what the last attempt met.
-    """
-    end, waiting = time.monotonic() + seconds, False
-    while True:
-        try:
-            socket.create_connection((host, port), timeout=5).close()
-            return
-        except OSError as error:
-            if time.monotonic() > end:
-                raise RendezvousError(
-                    f"{host}:{port} (--rdzv_endpoint) cannot be reached from {socket.gethostname()}: "
-                    f"{error.strerror or error} for {seconds:.0f} s; does this command run on {host}, is the port open?"
-                ) from None
-        if not waiting:
-            say(f"waiting for {host}:{port}")
-            waiting = True
-        time.sleep(1)
 
 
 def describe_loss(error: RendezvousError, config: LaunchConfig, handler: RendezvousHandler | None) -> str:

@@ -81,7 +81,9 @@ def after_signal(agent: Agent | None, first: signal.Signals) -> int:
 def after_lost_nodes(agent: Agent | None) -> int:
     """The exit code when the nodes did not meet, or lost each other."""
     if agent is not None and agent.stopped:
-        return shell_code(root_cause(agent.stopped)[1])
+        # One that died of this agent's SIGTERM has not said why.
+        codes = {rank: LOST_RANK if code == -signal.SIGTERM else code for rank, code in agent.stopped.items()}
+        return shell_code(root_cause(codes)[1])
     if agent is not None and agent.cause is not None:
         return shell_code(agent.cause[1])
     return LOST_RANK

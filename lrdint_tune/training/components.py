@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
 from omegaconf import OmegaConf
@@ -15,7 +16,7 @@ from torchtune.config._utils import _get_component_from_path
 from lrdint_tune.attention import method_options
 from lrdint_tune.errors import ConfigError
 from lrdint_tune.models.decoder import LlamaDecoder
-from lrdint_tune.training.config import RunConfig, Section, TrainConfig
+from lrdint_tune.training.config import RunConfig, Section, TrainConfig, typed
 from lrdint_tune.training.data import BatchLoader, main_process_first
 from lrdint_tune.training.metrics import TensorBoardLogger
 from lrdint_tune.training.precision import convert_to_fp8
@@ -39,20 +40,45 @@ def build(key: str, section: Section, *args: Any, **kwargs: Any) -> Any:
         inspect.signature(component).bind(*args, **{**options, **kwargs})
     except TypeError as error:
         raise ConfigError(f"{key}: {path} does not accept these options ({error}); check the section's keys") from None
+    if path.startswith("lrdint_tune."):  # others' annotations may be narrower than what they take
+        check_types(key, component, options)
     try:
         return instantiate(OmegaConf.create(section), *args, **kwargs)
     except ConfigError:
         raise
-    except (TypeError, ValueError, ArithmeticError) as error:
-        raise ConfigError(f"{key}: {path} refuses these values ({error}); check the section's values") from error
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"{key}: {path} refuses these values ({reason}); check the section's values") from error
+
+
+def check_types(key: str, component: Any, options: Section) -> None:
+    """That the options whose annotation is text, a number, a flag or null are that; of others the component decides.
+
+    Raises:
+        ConfigError: naming the option, its value and what it must be.
+    """
+    hints = get_type_hints(component.__init__ if inspect.isclass(component) else component)
+    for name, value in options.items():
+        hint = hints.get(name)
+        kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        if all(kind in (str, int, float, bool, NoneType) for kind in kinds):
+            typed(f"{key}.{name}", value, hint)
 
 
 def build_tokenizer(section: Section) -> Any:
-    """The tokenizer. Raises ConfigError when one of its files is missing."""
+    """The tokenizer. Raises ConfigError when one of its files is missing or damaged."""
     for name, value in section.items():
-        if name.endswith("path") and isinstance(value, str) and not Path(value).is_file():
+        # A number would be taken for an open file.
+        if name.endswith("path") and value is not None and not (isinstance(value, str) and Path(value).is_file()):
             raise ConfigError(f"tokenizer.{name}={value!r}: no such file; point it at the model's tokenizer file")
-    return build("tokenizer", section)
+    try:
+        return build("tokenizer", section)
+    except ConfigError:
+        raise
+    except Exception as error:  # the tokenizers library raises nothing more special for a damaged file
+        files = ", ".join(f"{name}={value!r}" for name, value in section.items() if name.endswith("path"))
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise ConfigError(f"tokenizer: cannot be read from {files} ({reason}); get the files again") from error
 
 
 def build_model(cfg: TrainConfig, *, total_steps: int | None = None) -> LlamaDecoder:

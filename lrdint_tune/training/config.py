@@ -98,6 +98,9 @@ class RunConfig:
             section = getattr(self, key)
             if section is not None and "_component_" not in section:
                 raise ConfigError(f"{key}={section}: has no _component_; give the dotted path of what to build")
+        folder = self.checkpointer.get("checkpoint_dir", "")
+        if not isinstance(folder, str):
+            raise ConfigError(f"checkpointer.checkpoint_dir={folder!r}: must be str; give the folder of the weights")
 
     def _at_least_one(self, *keys: str) -> None:
         for key in keys:
@@ -115,6 +118,7 @@ class TrainConfig(RunConfig):
     trainable: list[str] = field(default_factory=lambda: ["adapter", "attention"])
     untie_lm_head: bool = False
     # Machine
+    init_timeout_seconds: int = 300
     data_parallel_replicate_dim: int = 1
     data_parallel_shard_dim: int = -1
     tensor_parallel_dim: int = 1
@@ -165,6 +169,7 @@ class TrainConfig(RunConfig):
         if self.ac_mode != "every_k" and self.ac_option is not None:
             raise ConfigError(f"ac_option={self.ac_option}: has no effect with ac_mode={self.ac_mode!r}; remove it")
         self._at_least_one(
+            "init_timeout_seconds",
             "ac_option",
             "max_skipped_steps",
             "save_every_n_steps",
@@ -259,11 +264,12 @@ def load_config(cfg: DictConfig | dict[str, Any], kind: type[Any] = TrainConfig)
             if f.default is MISSING and f.default_factory is MISSING:
                 raise ConfigError(f"{f.name}: missing from the config; add it")
             continue
-        values[f.name] = _typed(f.name, values[f.name], hints[f.name])
+        values[f.name] = typed(f.name, values[f.name], hints[f.name])
     return kind(**values)
 
 
-def _typed(key: str, value: Any, hint: Any) -> Any:
+def typed(key: str, value: Any, hint: Any) -> Any:
+    """``value`` as ``hint`` wants it (whole numbers for floats, one text for a list). Raises ConfigError otherwise."""
     options = [h for h in (get_args(hint) or (hint,))] if get_origin(hint) not in (list, dict) else [hint]
     if value is None and type(None) in options:
         return None

@@ -99,8 +99,9 @@ class Heartbeat:
         if self.size > 1:
             # A connection of its own: another thread may wait for an answer on the group's.
             store: Any = dist.distributed_c10d._get_default_store()  # its type leaves clone() out
-            self._store = dist.PrefixStore("heartbeat", store.clone())
-            self._store.set(str(self.rank), _encode(self._beat(0)))
+            own = dist.PrefixStore("heartbeat", store.clone())
+            own.set(str(self.rank), _encode(self._beat(0)))
+            self._store = own
             dist.barrier()  # from here on everybody has a beat
             threading.Thread(target=self._beats, name="heartbeat", daemon=True).start()
         threading.Thread(target=self._clock, name="heartbeat-clock", daemon=True).start()
@@ -128,19 +129,25 @@ class Heartbeat:
     # ------------------------------------------------------------------ threads
 
     def _beats(self) -> None:
-        assert self._store is not None
+        store = self._store
+        assert store is not None
         count = 0
         while not self._left_told.is_set():
             count += 1
             try:
                 left = self._left
-                self._store.set(str(self.rank), _encode(self._beat(count, left)))
+                store.set(str(self.rank), _encode(self._beat(count, left)))
                 self._read()
                 self._answered = self._awake
                 if left is not None:
                     self._left_told.set()
-            except RuntimeError:  # the clock counts how long that goes on
-                pass
+            except RuntimeError:
+                # The connection is closed and will not come back. Either rank 0 has finished, or the clock says so
+                # soon, unless something that explains it comes first.
+                if 0 in self._seen and self._seen[0].beat.left == 0:
+                    self._store = None
+                self._hurry = True
+                self._left_told.set()
             self._wake.wait(self.interval)
             self._wake.clear()
 
@@ -212,7 +219,7 @@ class Heartbeat:
         least = min(seen.beat.marks for seen in present.values())
         behind = {rank: seen for rank, seen in present.items() if seen.beat.marks == least}
         idle = self._awake - max(seen.marks_since for seen in behind.values())
-        if idle < self.timeout - 2 * self.interval or not all(seen.beat.watched for seen in behind.values()):
+        if idle <= self.timeout - 2 * self.interval or not all(seen.beat.watched for seen in behind.values()):
             return
         if len(behind) == len(present):
             # All at the same mark: those wait that are in a collective, and nobody is lost as long as all compute.

@@ -74,22 +74,30 @@ def run_recipe(
     size: int = 1,
     prepare: Sequence[Callable[[], None]] = (),
     timeout: float = 60.0,
+    grace: float = GRACE_SECONDS,
 ) -> Outcome:
     """Run the entry point on a config as ``python -m`` (``size`` 1) or a launcher (more) would.
 
     Args:
         overrides: ``key=value`` arguments.
         prepare: called in every process before the recipe, to make something fail.
+        grace: seconds for the other ranks to end when one has failed.
     """
-    return start_ranks(_recipe, size, str(config), overrides, tuple(prepare), timeout=timeout, group=size > 1)
+    arguments = (str(config), overrides, tuple(prepare))
+    return start_ranks(_recipe, size, *arguments, timeout=timeout, grace=grace, group=size > 1)
 
 
 def start_ranks(
-    function: Callable[..., Any], size: int, *args: Any, timeout: float = 60.0, group: bool = True
+    function: Callable[..., Any],
+    size: int,
+    *args: Any,
+    timeout: float = 60.0,
+    grace: float = GRACE_SECONDS,
+    group: bool = True,
 ) -> Outcome:
     """As :func:`run_ranks`, but how the processes ended is for the caller to judge.
 
-    When one ends with another exit code than 0, the others have a few seconds to end too and are then killed.
+    When one ends with another exit code than 0, the others have ``grace`` seconds to end too and are then killed.
 
     Args:
         group: whether the processes form a gloo group; without it nothing tells them of each other.
@@ -105,7 +113,7 @@ def start_ranks(
         ]
         for process in processes:
             process.start()
-        in_time = _join(processes, timeout)
+        in_time = _join(processes, timeout, grace)
         outputs = [_read(folder / f"{rank}.out") for rank in range(size)]
         if not in_time:
             raise RankFailed(_report(f"not over after {timeout} s", outputs))
@@ -113,7 +121,7 @@ def start_ranks(
         return Outcome([process.exitcode for process in processes], outputs, results)
 
 
-def _join(processes: list[Any], timeout: float) -> bool:
+def _join(processes: list[Any], timeout: float, grace: float) -> bool:
     """Wait for the processes, kill what is left; False when the time was up."""
     end = time.monotonic() + timeout
     failed = False
@@ -123,7 +131,7 @@ def _join(processes: list[Any], timeout: float) -> bool:
             break
         wait([p.sentinel for p in alive], timeout=left)
         if not failed and any(p.exitcode for p in processes):
-            failed, end = True, min(end, time.monotonic() + GRACE_SECONDS)
+            failed, end = True, min(end, time.monotonic() + grace)
     for process in alive:
         process.kill()
         process.join()

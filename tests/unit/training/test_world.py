@@ -1,13 +1,15 @@
 """The process group: founded by one process alone, and under torchrun on a store that an earlier attempt has used."""
 
+import socket
 import threading
+from collections.abc import Callable
 from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from lrdint_tune.errors import ConfigError
+from lrdint_tune.errors import ConfigError, UnreachableError
 from lrdint_tune.training.world import end_world, fresh_store, resolve_device, start_world
 from tests.distributed.harness import run_ranks, start_ranks
 
@@ -55,8 +57,79 @@ def test_questions_of_dead_processes_do_no_harm() -> None:
 
 
 def test_missing_rank_is_named() -> None:
-    with pytest.raises(RuntimeError, match=r"ranks \[1\] of 2"):
-        fresh_store(dist.HashStore(), 0, 2, timedelta(seconds=0.1))
+    with pytest.raises(UnreachableError, match="1 of 3 processes did not come .*: rank 2; here are rank 0 on .* and"):
+        _attempt_without(2)
+
+
+def test_missing_rank_is_named_to_the_others_too() -> None:
+    told: list[str] = []
+
+    def other(store: dist.Store) -> None:
+        try:
+            fresh_store(store, 1, 3, PATIENCE)
+        except UnreachableError as error:
+            told.append(str(error))
+
+    with pytest.raises(UnreachableError) as error:
+        _attempt_without(2, other)
+    assert told == [str(error.value)]
+
+
+def test_rank_0_missing_is_named() -> None:
+    with pytest.raises(UnreachableError, match="rank 0 of 2 did not come to .* in 0 s, .*seen from rank 1"):
+        fresh_store(dist.HashStore(), 1, 2, timedelta(seconds=0.1))
+
+
+def _attempt_without(absent: int, other: Callable[[dist.Store], object] | None = None) -> None:
+    """Ranks 0 and 1 of three come."""
+    store = dist.HashStore()
+    thread = threading.Thread(target=other or (lambda s: _refusing(s, absent)), args=(store,))
+    thread.start()
+    try:
+        fresh_store(store, 0, 3, timedelta(seconds=0.5))
+    finally:
+        thread.join()
+
+
+def _refusing(store: dist.Store, absent: int) -> None:
+    with pytest.raises(UnreachableError, match=f"rank {absent};"):
+        fresh_store(store, 1, 3, PATIENCE)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"MASTER_PORT": ""}, ConfigError, "MASTER_PORT='': must be a number when RANK is set"),
+        ({"MASTER_ADDR": ""}, ConfigError, "MASTER_ADDR: not set, but RANK is"),
+        ({"RANK": "2"}, ConfigError, "RANK=2: must be less than WORLD_SIZE=2"),
+        ({"RANK": "1"}, UnreachableError, "rank 1 of 2 finds nobody there .*Connection refused, for 0 s"),
+        ({"RANK": "1", "MASTER_ADDR": "nosuch.invalid"}, UnreachableError, "nosuch.invalid:[0-9]+: rank 1 of 2"),
+        ({"RANK": "0"}, UnreachableError, "1 of 2 processes did not come to 127.0.0.1:[0-9]+ in 0 s: rank 1; here are"),
+    ],
+)
+def test_processes_that_do_not_meet(
+    monkeypatch: pytest.MonkeyPatch, changed: dict[str, str], error: type[Exception], message: str
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **changed}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    with pytest.raises(error, match=message):
+        start_world("cpu", replicate=1, shard=-1, init_timeout_seconds=0.4)
+
+
+def test_port_of_rank_0_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        environment = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        for name, value in {**environment, "MASTER_PORT": str(taken.getsockname()[1])}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UnreachableError, match="rank 0 cannot listen there"):
+            start_world("cpu", replicate=1, shard=-1, init_timeout_seconds=0.4)
 
 
 def _alone() -> tuple[int, int, str, tuple[int, ...]]:
