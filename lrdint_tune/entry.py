@@ -7,6 +7,7 @@ import functools
 import logging
 import os
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -18,6 +19,8 @@ from torchtune.config._utils import _merge_yaml_and_cli_args
 from tqdm import tqdm
 
 from lrdint_tune.errors import ConfigError, ReportedError
+
+_HEAD_START_SECONDS = 1.0
 
 Main = Callable[[DictConfig], int]
 
@@ -73,6 +76,9 @@ def report(error: ReportedError) -> None:
     # Rank 0 for everybody; for what is wrong on another machine only (a missing file), its first process.
     if is_main() or os.environ.get("LOCAL_RANK") == "0":
         print(f"error: {error}", file=sys.stderr, flush=True)
+    else:
+        # torchrun ends the others as soon as one process has failed: the one that tells comes first.
+        time.sleep(_HEAD_START_SECONDS)
 
 
 def read_config(arguments: Sequence[str], description: str | None = None) -> DictConfig:

@@ -152,6 +152,8 @@ def test_codes_and_who_tells(
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("LOCAL_RANK", local_rank)
     ended_with = []
+    waits: list[float] = []
+    monkeypatch.setattr("lrdint_tune.entry.time.sleep", waits.append)
 
     @recipe(at_end=lambda: ended_with.append(capsys.readouterr().err))
     def nonfinite(cfg: DictConfig) -> int:
@@ -161,6 +163,7 @@ def test_codes_and_who_tells(
         nonfinite()
     assert ended.value.code == NONFINITE
     assert ended_with == ["error: a is 1\n" if told else ""]  # told before anything is taken down
+    assert waits == ([] if told else [1.0])  # and before the launcher hears of another rank
 
 
 def test_a_bug_keeps_its_traceback(file: Path, root_logger: None, monkeypatch: pytest.MonkeyPatch) -> None:
