@@ -2,13 +2,14 @@
 
 import os
 import signal
+import time
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 from lrdint_tune.exit_codes import DONE, INTERRUPTED, PREEMPTED
-from lrdint_tune.training.interruption import Interruption
+from lrdint_tune.training.interruption import REPEAT_SECONDS, Interruption
 from lrdint_tune.training.trainer import Trainer
 from tests.common.tiny_run import read_losses
 from tests.distributed.harness import Outcome, run_recipe
@@ -107,7 +108,9 @@ def _signal_after_the_end() -> None:
 
     def ignore(self: Interruption) -> None:
         original(self)
+        time.sleep(REPEAT_SECONDS + 0.2)  # late enough to count as a second one
         os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)
 
     Interruption.ignore = ignore  # type: ignore[method-assign]
 
