@@ -83,7 +83,8 @@ def after_signal(agent: Agent | None, first: signal.Signals) -> int:
     for code in sorted(set(codes.values())):
         ranks = [rank for rank in sorted(codes) if codes[rank] == code]
         say(f"rank{plural(ranks)}: exit code {shell_code(code)} after {first.name}")
-    return shell_code(root_cause(codes)[1])
+    unclean = {rank: code for rank, code in codes.items() if code not in (DONE, unsaved)}
+    return shell_code(root_cause(unclean or codes)[1])
 
 
 def after_lost_nodes(agent: Agent | None) -> int:

@@ -19,6 +19,7 @@ from lrdint_tune.errors import ConfigError
 from lrdint_tune.models.decoder import LlamaDecoder
 from lrdint_tune.models.rope import PlainRoPE, ScaledRoPE
 from lrdint_tune.models.spec import ModelSpec
+from lrdint_tune.options import positive_int
 
 
 def llama3_2(
@@ -70,6 +71,10 @@ def llama3_2(
         ConfigError: unknown method, option, adapter or backend, a bad option value, or sizes that do not divide.
     """
     adapters = check_adapters(adapters)
+    sizes = {"vocab_size": vocab_size, "num_layers": num_layers, "num_heads": num_heads, "num_kv_heads": num_kv_heads}
+    sizes |= {"embed_dim": embed_dim, "max_seq_len": max_seq_len, "intermediate_dim": intermediate_dim}
+    for name, size in sizes.items():
+        positive_int(name, size)
     if head_dim is None:
         if embed_dim % num_heads:
             raise ConfigError(f"embed_dim={embed_dim}: not divisible by num_heads={num_heads}; set head_dim")

@@ -24,7 +24,7 @@ from lrdint_tune.training.pulse import Pulse, main_thread
 
 BEAT_SECONDS = 1.0  # at most; a tenth of the timeout if that is less
 _HURRY_BEATS = 4
-_AGAIN = "the same command goes on from the last checkpoint"
+_AGAIN = "; the same command goes on from the last checkpoint"
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Heartbeat:
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._store: dist.Store | None = None
         self._left: int | None = None
-        self._left_told = threading.Event()
+        self._thread: threading.Thread | None = None
         self._wake = threading.Event()
         self._ending = threading.Lock()
         self._hurry = False
@@ -99,19 +99,19 @@ class Heartbeat:
         if self.size > 1:
             # A connection of its own: another thread may wait for an answer on the group's.
             store: Any = dist.distributed_c10d._get_default_store()  # its type leaves clone() out
-            own = dist.PrefixStore("heartbeat", store.clone())
-            own.set(str(self.rank), _encode(self._beat(0)))
-            self._store = own
+            self._store = dist.PrefixStore("heartbeat", store.clone())
+            self._store.set(str(self.rank), _encode(self._beat(0)))
             dist.barrier()  # from here on everybody has a beat
-            threading.Thread(target=self._beats, name="heartbeat", daemon=True).start()
+            self._thread = threading.Thread(target=self._beats, args=(self._store,), name="heartbeat", daemon=True)
+            self._thread.start()
         threading.Thread(target=self._clock, name="heartbeat-clock", daemon=True).start()
 
     def leave(self, code: int) -> None:
         """Tell the others that this rank ends with ``code``: it is not to be missed, or not to be waited for."""
         self._left = code
         self._wake.set()
-        if self._store is not None:
-            self._left_told.wait(2 * self.interval)
+        if self._thread is not None:
+            self._thread.join(2 * self.interval)
 
     def yield_to_others(self, code: int) -> None:
         """As :meth:`leave`, for a rank that ends because it was told to. If another one has failed before, that is why,
@@ -128,39 +128,36 @@ class Heartbeat:
 
     # ------------------------------------------------------------------ threads
 
-    def _beats(self) -> None:
-        store = self._store
-        assert store is not None
+    def _beats(self, store: dist.Store) -> None:
         count = 0
-        while not self._left_told.is_set():
+        while True:
             count += 1
+            self._wake.clear()
+            left = self._left
             try:
-                left = self._left
                 store.set(str(self.rank), _encode(self._beat(count, left)))
-                self._read()
-                self._answered = self._awake
-                if left is not None:
-                    self._left_told.set()
+                self._read(store)
             except RuntimeError:
                 # The connection is closed and will not come back. Either rank 0 has finished, or the clock says so
                 # soon, unless something that explains it comes first.
                 if 0 in self._seen and self._seen[0].beat.left == 0:
                     self._store = None
                 self._hurry = True
-                self._left_told.set()
+                return
+            self._answered = self._awake
+            if left is not None:
+                return
             self._wake.wait(self.interval)
-            self._wake.clear()
 
-    def _read(self) -> None:
+    def _read(self, store: dist.Store) -> None:
         """Read the others' beats and end if one is missed."""
-        assert self._store is not None
-        if self._store.check(["verdict"]):
-            verdict = json.loads(self._store.get("verdict"))
+        if store.check(["verdict"]):
+            verdict = json.loads(store.get("verdict"))
             # Once per node, beside the rank that spoke it.
             self._exit(verdict["code"], verdict["line"] if verdict["host"] != self._host else "")
         others = range(self.size) if self.rank == 0 or self._hurry else (0,)
         watched = [rank for rank in others if rank != self.rank]
-        for rank, text in zip(watched, self._store.multi_get([str(rank) for rank in watched]), strict=True):
+        for rank, text in zip(watched, store.multi_get([str(rank) for rank in watched]), strict=True):
             self._note(rank, Beat(**json.loads(text)))
         self._judge_failed(watched)
         self._judge_life(watched)
@@ -181,8 +178,9 @@ class Heartbeat:
             silent = self._awake - self._answered
             if self._store is not None and silent > self._limit:
                 where = f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
-                first = f", {self._last(0)}" if 0 in self._seen else ""
-                self._end(LOST_RANK, f"lost rank 0: the store at {where} has not answered for {silent:.0f} s{first}")
+                line = f"the store at {where} has not answered for {silent:.0f} s"
+                known = self.rank and 0 in self._seen
+                self._end(LOST_RANK, f"lost {self._name(0)}: {line}, {self._last(0)}" if known else line)
 
     # ------------------------------------------------------------------ judging
 
@@ -267,7 +265,7 @@ class Heartbeat:
     def _exit(self, code: int, line: str) -> None:
         with self._ending:  # never released: one thread ends the process
             if line:
-                print(f"\nerror: {line}; {_AGAIN}", file=sys.stderr, flush=True)
+                print(f"\nerror: {line}{_AGAIN if code == LOST_RANK else ''}", file=sys.stderr, flush=True)
             # The main thread may be inside C++ for ever.
             os._exit(code)
 

@@ -19,12 +19,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.profiler import record_function
 from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
 
-from lrdint_tune.attention import DocumentMask
 from lrdint_tune.errors import ConfigError, DataLostError
 from lrdint_tune.models.decoder import LlamaDecoder, is_method_tensor
 from lrdint_tune.models.hf import check_hf_config, weights_digest
 from lrdint_tune.training import startup
-from lrdint_tune.training.checkpoint import CheckpointManager, check_same_run
+from lrdint_tune.training.checkpoint import CheckpointManager
 from lrdint_tune.training.compilation import uncompiled
 from lrdint_tune.training.components import (
     accumulation_steps,
@@ -36,10 +35,12 @@ from lrdint_tune.training.components import (
     build_tokenizer,
 )
 from lrdint_tune.training.config import TrainConfig
-from lrdint_tune.training.data import Batch, BatchLoader, raise_everywhere, together
+from lrdint_tune.training.data import Batch, raise_everywhere, together
 from lrdint_tune.training.flops import training_flops_per_token
+from lrdint_tune.training.forward import held_out_nll, model_inputs, summed_loss
 from lrdint_tune.training.gradients import diagnostics
 from lrdint_tune.training.hardware import device_peak
+from lrdint_tune.training.identity import check_same_run, run_identity
 from lrdint_tune.training.interruption import Interruption, Stopped, stop_if_any
 from lrdint_tune.training.memory import check_device, check_passes
 from lrdint_tune.training.metrics import TensorBoardLogger
@@ -116,7 +117,6 @@ class Trainer:
         if world.is_main:
             startup.warn(model.methods(), cfg)
         self.recorder = build_recorder(cfg)
-        world.on_main(self.recorder.check)
         self.profiler = ProfilerWindow(cfg.profiler, self.recorder.log_dir, world, self.total_steps)
 
         self.step = 0
@@ -125,6 +125,7 @@ class Trainer:
         self.checkpoints = CheckpointManager(
             self.output_dir / "checkpoints", keep_last_n=cfg.keep_last_n_checkpoints, world=world
         )
+        world.on_main(self.recorder.check)
         if cfg.resume != "auto" and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) and world.is_main:
             log.warning("resume=%s: a restart by torchrun begins there again; auto goes on from the latest", cfg.resume)
         resume_from, saved = self.checkpoints.find(cfg.resume, self._check_checkpoint)
@@ -173,7 +174,8 @@ class Trainer:
         count = min(self.cfg.calibration_batches or CALIBRATION_BATCHES, self.steps_per_epoch)
         self.loader.start_epoch(0)
         taken = (self.loader.next_batch() for _ in range(count * self.accumulation))
-        batches = (self._inputs(self.loader, batch, mask_padding=True) for batch in together(taken, self.world.device))
+        device = self.world.device
+        batches = (model_inputs(self.loader, batch, device, mask_padding=True) for batch in together(taken, device))
         with uncompiled(self.model):
             self.model.calibrate(batches, reduce=dist.all_reduce)
         if self.world.is_main:
@@ -188,24 +190,13 @@ class Trainer:
 
     def run_identity(self) -> dict[str, Any]:
         """What must be equal for a checkpoint to be continued."""
-        spec = dataclasses.asdict(self.spec)
-        options = spec.pop("method_options")
-        if not spec["adapters"]:  # a checkpoint from before there were any goes on
-            del spec["adapters"]
-        if self.cfg.quantize_base != "none":  # other weights than those of the folder
-            spec["quantize_base"] = self.cfg.quantize_base
-        return {
-            **spec,
-            **options,
-            "trainable": sorted(self.cfg.trainable),
-            "global_batch_size": self.global_batch,
-            "max_seq_len": self.cfg.max_seq_len,
-            "seed": self.cfg.seed,
-            "steps_per_epoch": self.steps_per_epoch,
-            "optimizer": self.cfg.optimizer["_component_"],
-            "lr_scheduler": None if self.cfg.lr_scheduler is None else self.cfg.lr_scheduler["_component_"],
-            "checkpoint_dir weights": self.base_digest,
-        }
+        return run_identity(
+            self.spec,
+            self.cfg,
+            global_batch=self.global_batch,
+            steps_per_epoch=self.steps_per_epoch,
+            base_digest=self.base_digest,
+        )
 
     def train_state(self) -> dict[str, Any]:
         """The JSON part of a checkpoint."""
@@ -374,7 +365,7 @@ class Trainer:
             # Between the passes of a step each rank adds up its own gradients; they travel once.
             cast(FSDPModule, self.model).set_requires_gradient_sync(i == len(batches) - 1)
             with record_function("forward"):
-                loss = self._loss(self.loader, batch)
+                loss = summed_loss(self.model, self.loader, batch, self.world.device)
             with record_function("backward"):
                 # FSDP2 averages gradients over the ranks that hold parts of the loss; it is per token over all of them.
                 (loss * (self.world.size // self.world.tensor_size / label_tokens)).backward()
@@ -417,38 +408,14 @@ class Trainer:
             return batches, error
         return batches, None
 
-    def _loss(self, loader: BatchLoader, batch: Batch) -> Tensor:
-        """Sum of the token losses of a micro-batch."""
-        needs_ends = any(method.needs_document_ends for method in self.model.methods())
-        return self.model(**self._inputs(loader, batch, mask_padding=needs_ends))
-
-    def _inputs(self, loader: BatchLoader, batch: Batch, *, mask_padding: bool) -> dict[str, Any]:
-        """The model's arguments for a micro-batch."""
-        # Unpacked rows mostly need no mask: nothing before the padding on their right can see it.
-        mask: DocumentMask | Tensor | None = DocumentMask(batch.lengths) if loader.packed else None
-        if mask_padding:
-            mask = batch.dense_mask().to(self.world.device)
-        tokens, labels, input_pos = (t.to(self.world.device) for t in (batch.tokens, batch.labels, batch.input_pos))
-        return {"tokens": tokens, "mask": mask, "input_pos": input_pos, "labels": labels}
-
-    @torch.no_grad()
     def validate(self) -> float:
         """NLL per trained token over ``dataset_val``, in nats, teacher-forced."""
         assert self.loader_val is not None
         self.pulse.enter("validation", self.step, watch=True)
-        total = torch.zeros(2, dtype=torch.float64, device=self.world.device)
-        self.model.enable_diagnostics(False)
-        self.model.eval()  # the adapters' dropout
-        for batch in together(self.loader_val.epoch_batches(), self.world.device):
-            self._stop_if_interrupted()
-            total[0] += self._loss(self.loader_val, batch).double()
-            total[1] += batch.num_label_tokens / self.world.context_size
-            self.pulse.mark()
-        self.model.train()
-        dist.all_reduce(total)
-        return float(total[0] / total[1])
+        return held_out_nll(self.model, self.loader_val, self.world, between=self._between_validation_batches)
 
-    def _stop_if_interrupted(self) -> None:
+    def _between_validation_batches(self) -> None:
+        self.pulse.mark()
         signals = torch.tensor(self.interruption.flags(), device=self.world.device)
         dist.all_reduce(signals)
         stop_if_any(signals.tolist())

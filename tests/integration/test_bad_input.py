@@ -3,7 +3,9 @@ is trained and nothing saved earlier is touched."""
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -15,9 +17,11 @@ import torch
 from lrdint_tune.exit_codes import BAD_INPUT
 from lrdint_tune.export import save_hf_folder
 from lrdint_tune.models import llama3_2
+from lrdint_tune.training.data import sft_dataset
 from tests.common.tiny_run import SIZES, write_tokenizer
 from tests.distributed.harness import run_recipe
 from tests.integration.runs import tree
+from tests.unit.data.byte_tokenizer import ByteTokenizer
 
 
 def overrides(*values: str) -> Callable[[Path, Path], list[str]]:
@@ -55,6 +59,72 @@ def rows(folder: Path, *records: object) -> list[str]:
     return lines(folder, *map(json.dumps, records))
 
 
+def another_config(content: str | bytes) -> Callable[[Path, Path], list[str]]:
+    """A config file of this content; the last ``--config`` counts."""
+
+    def write(folder: Path, model: Path) -> list[str]:
+        file = folder / "broken.yaml"
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return ["--config", str(file)]
+
+    return write
+
+
+def damaged(name: str, content: bytes = b"{oops", *given: str) -> Callable[[Path, Path], list[str]]:
+    """A file of the model's folder with other content."""
+
+    def write(folder: Path, model: Path) -> list[str]:
+        (model / name).write_bytes(content)
+        tokenizer = [f"tokenizer.tokenizer_json_path={model / 'tokenizer.json'}"]
+        return [*given, *tokenizer, f"tokenizer.tokenizer_config_json_path={model / 'tokenizer_config.json'}"]
+
+    return write
+
+
+def data_file(name: str, content: bytes) -> Callable[[Path, Path], list[str]]:
+    def write(folder: Path, model: Path) -> list[str]:
+        (folder / name).write_bytes(content)
+        return [f"dataset.data_files={folder / name}"]
+
+    return write
+
+
+def conversation(folder: Path, model: Path) -> list[str]:
+    good, bad = ([{"role": role, "content": "text"}] for role in ("assistant", "user"))
+    dataset = [f"dataset={COMPONENTS}.chat_dataset", "~dataset.prompt_column", "~dataset.response_column"]
+    return [*rows(folder, {"messages": good}, {"messages": bad}), *dataset, "~dataset.prompt_template"]
+
+
+def damaged_cache(folder: Path, model: Path) -> list[str]:
+    """Arrow files of an earlier start, cut off."""
+    given = [*rows(folder, *[GOOD] * 200), f"dataset.cache_dir={folder / 'cache'}"]
+    file = given[0].partition("=")[2]
+    sft_dataset(
+        ByteTokenizer(),
+        source="json",
+        data_files=file,
+        prompt_column="question",
+        response_column="answer",
+        max_seq_len=512,
+        cache_dir=str(folder / "cache"),
+    )
+    for arrow in (folder / "cache").rglob("generator-*.arrow"):
+        os.truncate(arrow, 1000)
+    return given
+
+
+def a_file(key: str) -> Callable[[Path, Path], list[str]]:
+    """A file where ``key`` wants a folder."""
+
+    def write(folder: Path, model: Path) -> list[str]:
+        (folder / "file").write_text("mine")
+        return [override.format(folder / "file") for override in key.split()]
+
+    return write
+
+
+COMPONENTS = "lrdint_tune.training.data"
+RECORDER = "metric_logger._component_=lrdint_tune.training.metrics.TensorBoardLogger"
 GOOD = {"question": "1 + 1?", "answer": "2"}
 
 CASES = [
@@ -199,6 +269,66 @@ CASES = [
         overrides("output_dir={foreign}"),
         ["foreign", "not saved by lrdint_tune", "another"],
     ),
+    # The config file and the command line
+    ("config that is missing", overrides("--config", "no.yaml"), ["--config no.yaml", "no such file", "give the path"]),
+    ("config that is a folder", overrides("--config", "."), ["--config .", "Is a directory", "YAML file"]),
+    ("config that is empty", another_config(""), ["broken.yaml", "is empty", "configs/"]),
+    ("config that is a list", another_config("- output_dir: out\n"), ["broken.yaml", "holds a list", "without a dash"]),
+    ("config of another format", another_config('{"a": [1}'), ["broken.yaml", "not valid YAML (line 1, column 9"]),
+    ("config that is binary", another_config(b"PK\x03\x04\xff\xfe"), ["broken.yaml", "UTF-8"]),
+    ("key given twice", another_config("seed: 1\nseed: 2\n"), ["line 2, column 1", "duplicate key seed"]),
+    ("tab in the config", another_config("model:\n\trank: 3\n"), ["line 2, column 1", "correct the file"]),
+    ("code in the config", another_config("seed: !!python/name:os.system\n"), ["line 1, column 7", "constructor"]),
+    ("reference to nothing", overrides("output_dir=${{nothing}}/out"), ["nothing", "${...} references"]),
+    ("value left open", overrides("seed=???"), ["seed=???", "give it"]),
+    ("section without its keys", another_config("output_dir: out\n"), ["tokenizer", "missing from the config"]),
+    ("flag instead of a key", overrides("--batch_size", "3"), ["--batch_size", "key=value"]),
+    ("word instead of a key", overrides("resume"), ["resume: is no override", "key=value"]),
+    ("override that is no YAML", overrides("trainable=[adapter"), ["trainable=[adapter: not valid YAML", "quote it"]),
+    ("removing what is not there", overrides("~packed"), ["~packed", "no such key"]),
+    ("section that is a word", overrides("checkpointer=model"), ["checkpointer='model'", "must be dict"]),
+    ("component that does not exist", overrides("model=lrdint_tune.models.llama9"), ["llama9", "dotted path"]),
+    ("option of a wrong type", overrides("dataset.source=3"), ["dataset.source=3", "must be str"]),
+    ("folder that is a number", overrides("checkpointer.checkpoint_dir=3"), ["checkpoint_dir=3", "must be str"]),
+    ("negative size", overrides("model.vocab_size=-1"), ["vocab_size=-1", "at least 1"]),
+    ("no number", overrides("clip_grad_norm=.nan"), ["clip_grad_norm=nan", "positive number"]),
+    # Files and folders
+    ("damaged config.json", damaged("config.json"), ["config.json", "JSON"]),
+    ("damaged tokenizer", damaged("tokenizer.json"), ["tokenizer.json", "get the files again"]),
+    ("tokenizer of another kind", damaged("tokenizer.json", b"[]"), ["tokenizer.json", "get the files again"]),
+    (
+        "weights that are a page of HTML",
+        damaged("model.safetensors", b"<html>", "resume=never"),
+        ["model.safetensors", "damaged"],
+    ),
+    ("data that are a folder", lambda f, m: [f"dataset.data_files={f}"], ["is a directory", "give the path"]),
+    ("data that are not UTF-8", data_file("rows.jsonl", b'{"question": "\xff"}'), ["line 1", "not UTF-8"]),
+    ("half a compressed file", data_file("rows.jsonl.gz", gzip.compress(b"{}" * 99)[:-9]), ["gz'", "cannot be read"]),
+    ("data of endless nesting", data_file("rows.jsonl", b"1\n" + b"[" * 200_000), ["row 0", "holds a int"]),
+    ("conversation without an answer", conversation, ["row 1 (line 2 of", "'messages' has no turn of the assistant"]),
+    ("damaged cache", damaged_cache, ["dataset.cache_dir=", "is damaged", "remove"]),
+    ("cache that is a file", a_file("dataset.cache_dir={}"), ["dataset.cache_dir=", "cannot be written"]),
+    ("output that is a file", a_file("output_dir={}"), ["output_dir", "cannot write to", "choose"]),
+    ("curves that are a file", a_file(f"{RECORDER} metric_logger.log_dir={{}}"), ["log_dir=", "is no folder"]),
+    # What survives faults
+    ("unknown on_nonfinite", overrides("on_nonfinite=ignore"), ["on_nonfinite='ignore'", "stop, skip_step"]),
+    ("limit without effect", overrides("max_skipped_steps=3"), ["max_skipped_steps=3", "on_nonfinite=skip_step"]),
+    (
+        "skipping what is already updated",
+        overrides("on_nonfinite=skip_step", "optimizer_in_bwd=true", "clip_grad_norm=null"),
+        ["on_nonfinite='skip_step'", "optimizer_in_bwd=true", "use on_nonfinite=stop"],
+    ),
+    ("unknown on_bad_row", overrides("dataset.on_bad_row=drop"), ["dataset.on_bad_row='drop'", "error, skip"]),
+    (
+        "file of bad rows",
+        lambda f, m: [*lines(f, "{oops", "{}"), "dataset.on_bad_row=skip"],
+        ["rows.jsonl", "all of its 2 rows are bad", "line 1 is not valid JSON"],
+    ),
+    (
+        "validation file of bad rows",
+        lambda f, m: [r.replace("dataset.", "dataset_val.") for r in lines(f, "{}")] + ["dataset_val.on_bad_row=skip"],
+        ["dataset_val.on_bad_row='skip'", "its only row is bad", "no column 'question'"],
+    ),
 ]
 
 
@@ -220,6 +350,7 @@ def test_bad_input(
     for word in words:
         assert word in outcome.errors[0]
     assert "Traceback" not in outcome.outputs[0]
+    assert outcome.lines[-1] == outcome.errors[0], "more lines after it"
     assert re.search(r"step: +\d+%", outcome.outputs[0]) is None, "training began"
     assert tree(output) == before
 

@@ -88,7 +88,7 @@ def test_a_crashed_rank(config: Path, tmp_path: Path) -> None:
     outcome = lost(config, tmp_path, "crash")
     assert outcome.codes == [CRASH, CRASH], outcome.outputs
     assert "KeyError: 'made to crash'" in outcome.outputs[1]
-    assert f"rank 1 on {HOST} ended with exit code 1" in said(outcome)
+    assert f"rank 1 on {HOST} ended with exit code 1, last heard of in" in said(outcome)
     assert "Traceback" not in outcome.outputs[0]
 
 

@@ -26,6 +26,7 @@ from lrdint_tune.training.checkpoint.manifest import (
     read_manifest,
     write_manifest,
 )
+from lrdint_tune.training.checkpoint.pieces import PiecewiseSavePlanner
 from lrdint_tune.training.checkpoint.state import (
     OPTIMIZER,
     make_room,
@@ -181,7 +182,7 @@ class CheckpointManager:
             self.folder.publish(step)
 
         writer = CheckpointWriter(partial, publish)
-        upload = dcp.async_save(state, storage_writer=writer, process_group=self.group)
+        upload = dcp.async_save(state, storage_writer=writer, planner=PiecewiseSavePlanner(), process_group=self.group)
         self._pending = (step, cast("Future[Any]", upload))
         if wait:
             problem = self._end_pending()
@@ -264,24 +265,6 @@ class CheckpointManager:
             log.warning(
                 "%s holds no random state for rank %d: continuing with the current one", path.name, self.world.rank
             )
-
-
-def check_same_run(saved: dict[str, Any], current: dict[str, Any], path: Path) -> None:
-    """Refuse to continue a run of another model, method or training setup.
-
-    Raises:
-        ConfigError: listing the keys that differ, with both values.
-    """
-    keys = sorted(set(saved) | set(current))
-    differing = [
-        f"{key} is {saved.get(key)!r} there and {current.get(key)!r} here"
-        for key in keys
-        if saved.get(key) != current.get(key)
-    ]
-    if differing:
-        raise ConfigError(
-            f"resume={path}: checkpoint of another run: {'; '.join(differing)}; use another output_dir or resume=never"
-        )
 
 
 def _reason(error: BaseException) -> str:

@@ -56,6 +56,9 @@ def load(**changes: Any) -> TrainConfig:
         ({"max_skipped_steps": 3}, ["max_skipped_steps=3", "on_nonfinite=skip_step"]),
         ({"on_nonfinite": "skip_step", "max_skipped_steps": 0}, ["max_skipped_steps=0", "at least 1"]),
         ({"on_nonfinite": "skip_step", "optimizer_in_bwd": True}, ["on_nonfinite='skip_step'", "optimizer_in_bwd"]),
+        ({"train_timeout_seconds": 1}, ["train_timeout_seconds=1", "at least 3"]),
+        ({"train_timeout_seconds": 1800.0}, ["train_timeout_seconds=1800", "less than 1800"]),
+        ({"train_timeout_seconds": None}, ["train_timeout_seconds", "float"]),
         ({"trainable": ["adapters"]}, ["trainable", "adapters", "adapter", "attention"]),
         ({"trainable": []}, ["trainable", "nothing to train"]),
         (
