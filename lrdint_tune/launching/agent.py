@@ -45,11 +45,14 @@ class Agent(LocalElasticAgent):
     closed_since: float | None = None
     stopped: Mapping[int, int] = {}
     forced: signal.Signals | None = None
+    _noticed: object = None  # the attempt whose end was seen
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         # Before torch looks: as soon as it sees one failure it ends the others, and mixes their codes in.
         ended = {rank: code for rank, code in self._codes().items() if code}
         result = super()._monitor_workers(worker_group)
+        if result.state != WorkerState.HEALTHY:
+            self._noticed = self._pcontext
         if result.is_failed():
             failures = {rank: failure.exitcode for rank, failure in result.failures.items()}
             self.cause = root_cause(ended or dict([next(iter(failures.items()))]))
@@ -66,7 +69,15 @@ class Agent(LocalElasticAgent):
                 raise RendezvousClosedError("a node whose workers failed has closed the job")
         return result
 
+    def unnoticed_failures(self) -> dict[int, int]:
+        """Rank -> exit code, once all workers have ended, one of them has failed, and this agent did not see it yet."""
+        if self._pcontext is self._noticed:
+            return {}
+        codes = {rank: code for rank, code in self._codes().items() if code is not None}
+        return codes if len(codes) == len(self._worker_group.workers) and any(codes.values()) else {}
+
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int | None = None) -> None:
+        self._noticed = self._pcontext
         alive = [rank for rank, code in self._codes().items() if code is None]
         patience = self._shutdown_timeout if timeout is None else timeout
         if alive:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 
 from torch.distributed.elastic.agent.server import WorkerSpec
 from torch.distributed.elastic.multiprocessing import SignalException
@@ -14,6 +15,9 @@ from torch.distributed.launcher.api import LaunchConfig
 from lrdint_tune.exit_codes import DONE, INTERRUPTED, LOST_RANK, PREEMPTED
 from lrdint_tune.launching.agent import Agent, ignore_signals, plural, raise_signal, root_cause, say, shell_code
 from lrdint_tune.launching.nodes import describe_loss, meet
+from lrdint_tune.launching.watchdog import start_watchdog
+
+CLOSING_SECONDS = 10.0
 
 
 def launch(config: LaunchConfig, command: str, command_args: list[str]) -> int:
@@ -45,6 +49,7 @@ def launch(config: LaunchConfig, command: str, command_args: list[str]) -> int:
             shutdown_timeout=config.shutdown_timeout,  # type: ignore[arg-type]
         )
         os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = config.signals_to_handle
+        start_watchdog(agent, config.rdzv_endpoint)
         result = agent.run()
         failed = result is None or result.is_failed()  # None: torch found the rendezvous full or closed
         return shell_code(agent.cause[1]) if failed and agent.cause else (LOST_RANK if failed else DONE)
@@ -58,7 +63,10 @@ def launch(config: LaunchConfig, command: str, command_args: list[str]) -> int:
         ignore_signals()  # the code is known
         # After a signal the others may go on, as torchrun lets them.
         if handler is not None and not by_signal:
-            handler.shutdown()
+            # Where the store cannot be reached, nobody is left to be told.
+            closing = threading.Thread(target=handler.shutdown, daemon=True)
+            closing.start()
+            closing.join(CLOSING_SECONDS)
 
 
 def after_signal(agent: Agent | None, first: signal.Signals) -> int:
