@@ -1,4 +1,4 @@
-"""The table of a session: on the terminal, in Markdown, and as JSON."""
+"""The table of the faults: on the terminal, in Markdown, and as JSON."""
 
 from __future__ import annotations
 

@@ -63,7 +63,11 @@ class CheckpointWriter(dcp.FileSystemWriter):
         return {name: _copied(tensor) for name, tensor in state_dict.items()}
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        results = super().write_data(plan, planner).value()
+        try:
+            results = super().write_data(plan, planner).value()
+        except RuntimeError as error:
+            # torch's zip writer tells of its own confusion; why it could not write stands behind it.
+            raise _behind(error) from None
         names = {result.storage_data.relative_path for result in results}
         digests = {name: digest_of(Path(self.path) / name) for name in names}
         digested: Future[list[WriteResult]] = Future()
@@ -145,6 +149,16 @@ def _copied(tensor: Any) -> Any:
         return type(tensor).__tensor_unflatten__(inside, context, tensor.size(), tensor.stride())
     tensor = tensor.detach()
     return tensor.clone() if tensor.device.type == "cpu" else tensor.to("cpu")
+
+
+def _behind(error: BaseException) -> BaseException:
+    """The operating system's error that led to ``error``, if there is one."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    return error
 
 
 def sync_folder(path: Path) -> None:

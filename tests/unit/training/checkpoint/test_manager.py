@@ -3,6 +3,8 @@
 import errno
 import os
 import pickle
+import resource
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -309,6 +311,23 @@ def test_a_full_disk_keeps_the_earlier_checkpoints(tmp_path: Path, rank: int) ->
         assert f"rank {rank}: [Errno 28] No space left on device" in said[0] and "step-9 stands" in said[0]
     assert "error: checkpoint step-6 was not written" in outcome.outputs[0]
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["step-3", "step-9"]
+
+
+def _save_beyond_a_limit(folder: Path) -> str:
+    """The operating system refuses to write more than 4 KiB to a file."""
+    model, optimizer = _sharded()
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    with manager(folder) as checkpoints:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+        with pytest.raises(NotSavedError) as error:
+            checkpoints.save(1, model, optimizer, {}, wait=True)
+    return str(error.value)
+
+
+def test_the_reason_is_the_operating_systems(tmp_path: Path) -> None:
+    """Not that of the zip writer in between."""
+    (message,) = run_ranks(_save_beyond_a_limit, 1, tmp_path)
+    assert "rank 0: [Errno 27] File too large" in message
 
 
 def _values_while_writing(folder: Path) -> None:
