@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 
 from lrdint_tune.errors import ConfigError, UnreachableError
-from lrdint_tune.training.world import end_world, fresh_store, resolve_device, start_world
+from lrdint_tune.training.rendezvous import fresh_store
+from lrdint_tune.training.world import end_world, resolve_device, start_world
 from tests.distributed.harness import run_ranks, start_ranks
 
 PATIENCE = timedelta(seconds=10)
