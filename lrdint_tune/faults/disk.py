@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from lrdint_tune.faults.tools import run_tool
 
 FILLER = ".filler"
 
@@ -14,12 +15,12 @@ FILLER = ".filler"
 def small_disk(folder: Path, size: int) -> Iterator[None]:
     """Mount a tmpfs of ``size`` bytes on ``folder``, which is made; needs root. What is in it is gone afterwards."""
     folder.mkdir(parents=True, exist_ok=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "faults", str(folder)], check=True)
+    run_tool("mount", "-t", "tmpfs", "-o", f"size={size}", "faults", str(folder))
     try:
         yield
     finally:
         # Lazily: a process that is still dying may have a file open.
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+        run_tool("umount", "--lazy", str(folder))
 
 
 def fill(folder: Path, leave: int) -> None:

@@ -131,7 +131,8 @@ def disturb(
             if not any(outcome.codes[-1]) or len(lines) == MAX_STARTS:
                 break
         outcome.checkpoints_lost = watch.lost
-        outcome.reported = [reported(of_host, fault.says) for of_host in zip(*lines[:2], strict=False)]
+        told = [reported(of_host, fault.says) for of_host in zip(*lines[:2], strict=False)]
+        outcome.reported = [line.replace(f"{folder.parent}/", "") for line in told]
         outcome.seconds = time.monotonic() - begin
         _judge(outcome, fault, launch, baseline, output_dir)
     return outcome

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import re
-import shutil
 import signal
 import time
 from abc import ABC, abstractmethod
@@ -14,13 +13,15 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from signal import SIGCONT, SIGINT, SIGKILL, SIGSTOP, SIGTERM, SIGUSR1
+from tempfile import TemporaryDirectory
 from typing import ClassVar
 
 from lrdint_tune.exit_codes import DATA_LOST, DONE, INTERRUPTED, LOST_RANK, NOT_SAVED, PREEMPTED
 from lrdint_tune.faults import disk, processes
-from lrdint_tune.faults.network import Network
+from lrdint_tune.faults.network import Network, two_hosts
 from lrdint_tune.faults.record import published
 from lrdint_tune.faults.start import Start
+from lrdint_tune.faults.tools import ToolFailed
 from lrdint_tune.faults.watch import CheckpointWatch
 
 POLL_SECONDS = 0.01
@@ -71,7 +72,6 @@ class Fault(ABC):
     Attributes:
         codes: how the launcher may end.
         says: what the disturbed start, or the one after it, has to say on every host: a regular expression.
-        needs_root: it mounts something or makes network namespaces.
         two_hosts: the run is spread over two.
         loses_steps: whether steps may have to be made again.
         checkpoints: how many must stand before.
@@ -80,7 +80,6 @@ class Fault(ABC):
     name: ClassVar[str]
     codes: ClassVar[frozenset[int]]
     says: ClassVar[str]
-    needs_root: ClassVar[bool] = False
     two_hosts: ClassVar[bool] = False
     loses_steps: ClassVar[bool] = True
     checkpoints: ClassVar[int] = 0
@@ -154,7 +153,7 @@ class TerminateTwice(_Signal):
 
     def inject(self, scene: Scene) -> str:
         super().inject(scene)
-        pause = scene.draw.uniform(0.0, 1.5)  # what comes within a second counts as the same
+        pause = scene.draw.uniform(0.0, 1.5)  # the ranks take what comes within a second for the same one
         time.sleep(pause)
         super().inject(scene)
         return f"{pause * 1000:.0f} ms between them"
@@ -247,7 +246,6 @@ class _FullDisk(Fault):
     """The disk is full in the middle of the run."""
 
     says = r"error: checkpoint step-\d+ was not written"
-    needs_root = True
     folder: ClassVar[str] = "checkpoints"
 
     @contextmanager
@@ -315,7 +313,6 @@ class CutLink(Fault):
     name = "link between two hosts cut"
     codes = frozenset({LOST_RANK})
     says = r"lost rank \d+"
-    needs_root = True
     two_hosts = True
 
     def inject(self, scene: Scene) -> str:
@@ -354,15 +351,16 @@ FAULTS: tuple[type[Fault], ...] = (
 
 
 def unavailable(fault: type[Fault], world_size: int) -> str | None:
-    """Why a fault cannot be made here, or None."""
-    if fault.needs_root and os.geteuid() != 0:
+    """Why a fault cannot be made here, or None: what it needs is made once for a try."""
+    if fault.two_hosts and world_size % 2:
+        return "needs an even number of ranks"
+    if not fault.two_hosts and not issubclass(fault, _FullDisk):
+        return None
+    if os.geteuid() != 0:
         return "needs root"
-    if fault.two_hosts:
-        missing = [tool for tool in ("ip", "unshare", "hostname") if shutil.which(tool) is None]
-        if missing:
-            return f"needs {', '.join(missing)}"
-        if world_size % 2:
-            return "needs an even number of ranks"
-    if issubclass(fault, _FullDisk) and shutil.which("mount") is None:
-        return "needs mount"
-    return None
+    with TemporaryDirectory() as folder:  # in a container root may not do everything
+        try:
+            with two_hosts(Path(folder)) if fault.two_hosts else disk.small_disk(Path(folder, "disk"), 1 << 20):
+                return None
+        except ToolFailed as error:
+            return str(error)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from lrdint_tune.faults.tools import run_tool
 
 PORT = 29500  # inside the namespaces nobody else has it
 
@@ -77,10 +78,9 @@ def two_hosts(folder: Path) -> Iterator[Network]:
             _ip("-n", host.namespace, "addr", "add", f"{host.address}/24", "dev", host.device)
             _ip("-n", host.namespace, "link", "set", "lo", "up")
             _ip("-n", host.namespace, "link", "set", host.device, "up")
+        run_tool(*first.command(["true"]))
         yield Network((first, second))
 
 
 def _ip(*arguments: str) -> None:
-    done = subprocess.run(["ip", *arguments], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
+    run_tool("ip", *arguments)

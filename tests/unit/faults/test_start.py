@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 
 from lrdint_tune.faults import disk
+from lrdint_tune.faults.faults import CutLink, FullDisk, unavailable
 from lrdint_tune.faults.network import two_hosts
 from lrdint_tune.faults.start import Start
 
 REPOSITORY = Path(__file__).parents[3]
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts and network namespaces need root")
+_LACKING = unavailable(CutLink, 2) or unavailable(FullDisk, 2)
+needs_root = pytest.mark.skipif(_LACKING is not None, reason=f"mounts and network namespaces: {_LACKING}")
 
 # A launcher with a worker in a session of its own that takes no notice of SIGTERM.
 LAUNCHER = ["sh", "-c", "trap '' TERM; RANK=1 setsid sleep 1000 & wait"]
@@ -25,6 +27,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from lrdint_tune.faults.__main__ import tidy_up_on_signals
 from lrdint_tune.faults.disk import small_disk
+from lrdint_tune.faults.faults import CutLink, FullDisk, unavailable
 from lrdint_tune.faults.network import two_hosts
 from lrdint_tune.faults.start import Start
 tidy_up_on_signals()
