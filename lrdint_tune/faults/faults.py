@@ -269,7 +269,7 @@ class FullDisk(_FullDisk):
 
 class FullDiskForAWhile(_FullDisk):
     name = "disk full for a while"
-    codes = frozenset({DONE})
+    codes = frozenset({DONE, NOT_SAVED})  # the last save may begin before there is room again
 
     def inject(self, scene: Scene) -> str:
         done = super().inject(scene)

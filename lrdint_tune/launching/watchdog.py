@@ -14,7 +14,7 @@ import time
 
 from lrdint_tune.launching.agent import Agent, describe, root_cause, say, shell_code
 
-STUCK_SECONDS = 15.0  # between the end of the last worker and the agent's notice, which takes a tenth of one otherwise
+STUCK_SECONDS = 10.0  # between the end of the last worker and the agent's notice, which takes a tenth of one otherwise
 _LOOK_SECONDS = 1.0
 
 
