@@ -107,7 +107,7 @@ def save(rank: int, size: int, folder: Path, results: Any) -> None:
         model, optimizer = sharded_run()
         make_room(model, optimizer, {f"{OPTIMIZER}{name}.exp_avg" for name in named_trained(model)})
         world = make_world(torch.device("cpu"), MeshShape(1, size))
-        checkpoints = CheckpointManager(folder / f"of-{size}", keep_last_n=1, world=world)
+        checkpoints = CheckpointManager(folder / f"of-{size}", keep_last_n=1, world=world, timeout=600)
         dist.barrier()
         with PeakMemory() as memory:
             checkpoints.save(1, model, optimizer, {}, wait=True)
@@ -120,7 +120,7 @@ def load(rank: int, size: int, folder: Path, results: Any, written_by: int) -> N
     with process_group(rank, size, folder / f"load-store-{size}-{written_by}"):
         model, optimizer = sharded_run()
         world = make_world(torch.device("cpu"), MeshShape(1, size))
-        checkpoints = CheckpointManager(folder / f"of-{written_by}", keep_last_n=1, world=world)
+        checkpoints = CheckpointManager(folder / f"of-{written_by}", keep_last_n=1, world=world, timeout=600)
         dist.barrier()
         with PeakMemory() as memory:
             path, manifest = checkpoints.find("auto", lambda path, manifest: None)

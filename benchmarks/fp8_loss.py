@@ -42,6 +42,7 @@ def losses(config: dict[str, Any], steps: int) -> list[float]:
             values, *_ = trainer._train_step(logging_step=False)
             found.append(values["loss_metrics/global_avg_loss"])
             print(f"{cfg.fp8} step {len(found)}: {found[-1]:.4f}", file=sys.stderr, flush=True)
+        trainer.checkpoints.close()
     return found
 
 

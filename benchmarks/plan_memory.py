@@ -58,6 +58,7 @@ def measure(cfg: TrainConfig) -> Measured:
         for _ in range(2):
             with record_function(STEP):
                 trainer._train_step(logging_step=True)
+        trainer.checkpoints.close()
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
     roots = profiler.profiler.kineto_results.experimental_event_tree()
     begin, end = max((event.start_time_ns, event.end_time_ns) for event in roots if event.name == STEP)

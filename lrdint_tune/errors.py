@@ -34,6 +34,6 @@ class NotSavedError(ReportedError):
 
 
 class UnreachableError(ReportedError):
-    """Processes that did not come, or cannot talk to each other; the message names the address and who is missing."""
+    """Processes that did not come, cannot talk to each other or do not come to an end; the message names them."""
 
     exit_code = exit_codes.LOST_RANK

@@ -140,6 +140,7 @@ class TrainConfig(RunConfig):
     # Checkpoints and records
     save_every_n_steps: int | None = None
     keep_last_n_checkpoints: int = 2
+    save_timeout_seconds: int = 3600
     resume: str = "auto"
     run_val_every_n_steps: int | None = None
     peak_tflops: float | None = None
@@ -173,6 +174,7 @@ class TrainConfig(RunConfig):
             "ac_option",
             "max_skipped_steps",
             "save_every_n_steps",
+            "save_timeout_seconds",
             "keep_last_n_checkpoints",
             "run_val_every_n_steps",
             "data_parallel_replicate_dim",

@@ -22,8 +22,6 @@ def run_identity(
     """
     model = dataclasses.asdict(spec)
     options = model.pop("method_options")
-    if not model["adapters"]:  # a checkpoint from before there were any goes on
-        del model["adapters"]
     if cfg.quantize_base != "none":  # other weights than those of the folder
         model["quantize_base"] = cfg.quantize_base
     return {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ class NonFiniteSteps:
         batches: Sequence[Batch],
         losses: Sequence[Tensor],
         updated: str,
-        standing: str,
+        standing: Callable[[], str],
     ) -> None:
         """Say where it came from and count the step, whose update the caller leaves out; every rank must call it.
 
@@ -60,7 +60,7 @@ class NonFiniteSteps:
             batches: this rank's micro-batches.
             losses: of each of them.
             updated: what has become of the parameters.
-            standing: which checkpoint there is to go back to.
+            standing: says which checkpoint there is to go back to; a collective, called before raising.
 
         Raises:
             NonFiniteLossError: with ``stop``, or when the limit is reached; the same on all ranks.
@@ -72,7 +72,7 @@ class NonFiniteSteps:
                 log.warning("%s; skipped, %d of at most %d", happened, self.skipped, self.limit)
             return
         limit = f"max_skipped_steps={self.limit} were skipped before; " if self.skips else ""
-        raise NonFiniteLossError(f"{happened}; {limit}{updated}; {standing}")
+        raise NonFiniteLossError(f"{happened}; {limit}{updated}; {standing()}")
 
 
 def _where(batches: Sequence[Batch], losses: Sequence[Tensor]) -> str:

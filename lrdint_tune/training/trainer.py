@@ -35,7 +35,7 @@ from lrdint_tune.training.components import (
     build_tokenizer,
 )
 from lrdint_tune.training.config import TrainConfig
-from lrdint_tune.training.data import Batch, raise_everywhere, together
+from lrdint_tune.training.data import Batch, BatchLoader, raise_everywhere, together
 from lrdint_tune.training.flops import training_flops_per_token
 from lrdint_tune.training.forward import held_out_nll, model_inputs, summed_loss
 from lrdint_tune.training.gradients import diagnostics
@@ -123,7 +123,10 @@ class Trainer:
         self.nonfinite = NonFiniteSteps(cfg)
         self.continues_method = False  # until the weights show that they hold the method's tensors
         self.checkpoints = CheckpointManager(
-            self.output_dir / "checkpoints", keep_last_n=cfg.keep_last_n_checkpoints, world=world
+            self.output_dir / "checkpoints",
+            keep_last_n=cfg.keep_last_n_checkpoints,
+            world=world,
+            timeout=cfg.save_timeout_seconds,
         )
         world.on_main(self.recorder.check)
         if cfg.resume != "auto" and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) and world.is_main:
@@ -214,7 +217,7 @@ class Trainer:
     def _resume(self, path: Path, saved: dict[str, Any]) -> None:
         self.checkpoints.load(path, saved, self.model, self.optimizer)
         self.step = saved["step"]
-        self.nonfinite.skipped = saved.get("skipped_steps", 0)  # a checkpoint from before there were any goes on
+        self.nonfinite.skipped = saved["skipped_steps"]
         self.loader.load_state_dict(saved["loader"])
         if self.scheduler is not None and saved["lr_scheduler"] is not None:
             if not restore_schedule(self.scheduler, saved["lr_scheduler"]):
@@ -283,7 +286,7 @@ class Trainer:
                 progress.message(self._stopped_by(end))
             raise
         finally:
-            self.checkpoints.close()
+            self.checkpoints.finish()
             self.profiler.stop()
             progress.close()
             if recorder is not None:
@@ -291,6 +294,7 @@ class Trainer:
         self.interruption.defer("the results are written to the end")
         self.pulse.enter("writing the results", self.step)
         self.export()
+        self.checkpoints.close()
         if recorder is not None:
             self._report(recorder)
 
@@ -365,7 +369,7 @@ class Trainer:
             # Between the passes of a step each rank adds up its own gradients; they travel once.
             cast(FSDPModule, self.model).set_requires_gradient_sync(i == len(batches) - 1)
             with record_function("forward"):
-                loss = summed_loss(self.model, self.loader, batch, self.world.device)
+                loss = self._loss(self.loader, batch)
             with record_function("backward"):
                 # FSDP2 averages gradients over the ranks that hold parts of the loss; it is per token over all of them.
                 (loss * (self.world.size // self.world.tensor_size / label_tokens)).backward()
@@ -378,7 +382,7 @@ class Trainer:
         finite = math.isfinite(average) and math.isfinite(norm)
         if not finite:
             self.nonfinite.skip(
-                self.step + 1, average, norm, batches, losses, self.updates.if_nonfinite, self.checkpoints.standing()
+                self.step + 1, average, norm, batches, losses, self.updates.if_nonfinite, self.checkpoints.standing
             )
 
         values = {"loss_metrics/global_avg_loss": average, **self.nonfinite.metrics()}
@@ -407,6 +411,9 @@ class Trainer:
         except DataLostError as error:
             return batches, error
         return batches, None
+
+    def _loss(self, loader: BatchLoader, batch: Batch) -> Tensor:
+        return summed_loss(self.model, loader, batch, self.world.device)
 
     def validate(self) -> float:
         """NLL per trained token over ``dataset_val``, in nats, teacher-forced."""

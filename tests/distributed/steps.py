@@ -48,10 +48,17 @@ def read_config(file: Path, changes: dict[str, Any]) -> TrainConfig:
     return load_config(config)
 
 
+_last: list[Trainer] = []
+
+
 def start_trainer(file: Path, changes: dict[str, Any]) -> Trainer:
+    """A trainer in this process; the one before it is over."""
+    for before in _last:
+        before.checkpoints.close()
     cfg = read_config(file, changes)
     world = start_world(cfg.device, **cfg.mesh_dims)
-    return Trainer(cfg, world)
+    _last[:] = [Trainer(cfg, world)]
+    return _last[0]
 
 
 def selected_heads(file: Path, changes: dict[str, Any]) -> list[list[float]]:

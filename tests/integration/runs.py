@@ -97,7 +97,7 @@ def kill_at(step: int, rank: int = 0) -> None:
     def train_step(self: Trainer, *args: Any) -> Any:
         if self.step == step and dist.get_rank() == rank:
             if self.checkpoints._pending is not None:
-                self.checkpoints._pending[1].result()
+                self.checkpoints._pending.upload.result()
             os.kill(os.getpid(), signal.SIGKILL)
         return original(self, *args)
 

@@ -102,7 +102,7 @@ def find_checkpoint(given: Path) -> tuple[Path, dict[str, Any]]:
         try:
             manifest = read_manifest(path)
             found = (damage(path, name, *entry) for name, entry in manifest["files"].items())
-            problem = next((what for what in found if what is not None), None)
+            problem = next((harm.what for harm in found if harm is not None), None)
         except DamagedCheckpoint as error:
             problem = str(error)
         if problem is None:

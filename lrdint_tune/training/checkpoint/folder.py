@@ -98,17 +98,22 @@ class CheckpointFolder:
         """Clean up after a kill inside a save: remove what never became complete."""
         for partial in self.path.glob("step-*.partial"):
             log.warning("removing %s: a save that never completed", partial.name)
-            shutil.rmtree(partial)
+            _remove(partial)
 
     def publish(self, step: int) -> None:
-        """Give the written checkpoint its name, then remove the oldest."""
+        """Give the written checkpoint its name, then remove the oldest; the new one stands whether or not these go."""
         os.rename(self.partial(step), self.of(step))
         sync_folder(self.path)
         for old_step in self.steps()[: -self.keep_last_n]:
             # Under this name a half-removed one is not taken for complete, and recover() removes the rest.
             doomed = self.partial(old_step)
-            os.rename(self.of(old_step), doomed)
-            shutil.rmtree(doomed)
+            _remove(doomed)  # what an earlier attempt may have left
+            try:
+                os.rename(self.of(old_step), doomed)
+            except OSError as error:
+                log.warning("%s stays: it cannot be renamed (%s)", self.of(old_step), error.strerror)
+            else:
+                _remove(doomed)
 
     def set_aside_damaged(self, step: int) -> Path:
         """Rename a damaged checkpoint, so that nobody takes it for a good one; what is left of it stays there."""
@@ -132,6 +137,13 @@ class CheckpointFolder:
     def _free(self, names: Iterable[str]) -> Path:
         """The first name that nothing has."""
         return next(path for name in names if not (path := self.path / name).exists())
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder as far as that goes: on a network file system a file that somebody reads may stay for a while."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        log.warning("%s cannot be removed now; a later start will try again", folder)
 
 
 def _locked(descriptor: int) -> bool:

@@ -6,8 +6,9 @@ import json
 import logging
 import shutil
 import socket
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, TimeoutError
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -17,10 +18,11 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.optim import Optimizer
 
-from lrdint_tune.errors import ConfigError, NotSavedError
+from lrdint_tune.errors import ConfigError, NotSavedError, UnreachableError
 from lrdint_tune.training.checkpoint.folder import CheckpointFolder
 from lrdint_tune.training.checkpoint.manifest import (
     STATE_FILE,
+    Damage,
     DamagedCheckpoint,
     damage,
     read_manifest,
@@ -41,8 +43,14 @@ from lrdint_tune.training.world import World
 
 log = logging.getLogger(__name__)
 
-# Writing may take long on a busy file system; that a rank is dead is noticed elsewhere.
-_PATIENCE = timedelta(hours=2)
+
+@dataclass(frozen=True)
+class _Pending:
+    """A save that is under way."""
+
+    step: int
+    writer: CheckpointWriter
+    upload: Future[Any]
 
 
 class CheckpointManager:
@@ -55,16 +63,19 @@ class CheckpointManager:
         folder: where the ``step-N`` folders live.
         keep_last_n: how many to keep.
         world: the processes.
+        timeout: seconds that a save may take when it is waited for.
 
     Raises:
         ConfigError: the folder cannot be written to, or another run writes to it.
     """
 
-    def __init__(self, folder: Path, *, keep_last_n: int, world: World) -> None:
+    def __init__(self, folder: Path, *, keep_last_n: int, world: World, timeout: float) -> None:
         self.world = world
         self.folder = CheckpointFolder(folder, keep_last_n=keep_last_n)
-        self.group = dist.new_group(backend="gloo", timeout=_PATIENCE)
-        self._pending: tuple[int, Future[Any]] | None = None
+        self.timeout = timeout
+        # Longer, so that who is late can still be named.
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=2 * timeout + 60))
+        self._pending: _Pending | None = None
         # One rank looks: on a network file system two ranks may see two different latest checkpoints.
         world.on_main(self.folder.claim)
         world.on_main(self.folder.recover)
@@ -136,19 +147,22 @@ class CheckpointManager:
         if manifest is None:
             return None, problem
         files = sorted(manifest["files"].items())[self.world.rank :: self.world.size]
-        problems = [found for name, entry in files if (found := damage(path, name, *entry)) is not None]
-        gathered: list[Any] = [None] * self.world.size
-        dist.all_gather_object(gathered, (socket.gethostname(), problems, path.is_dir()), group=self.group)
-        blind = sorted({host for host, _, sees_folder in gathered if not sees_folder})
-        if blind:
-            raise ConfigError(
-                f"output_dir: {path} is not there on {', '.join(blind[:8])}; use a folder that all machines share"
-            )
-        return manifest, next((problem for _, problems, _ in gathered for problem in problems), None)
+        try:
+            report: Any = [found for name, entry in files if (found := damage(path, name, *entry)) is not None]
+        except ConfigError as error:
+            report = error
+        for_each: list[Any] = [None] * self.world.size
+        dist.all_gather_object(for_each, (socket.gethostname(), report), group=self.group)
+        unreadable = next((report for _, report in for_each if isinstance(report, ConfigError)), None)
+        if unreadable is not None:
+            raise unreadable
+        found_by = [(host, harm) for host, harms in for_each for harm in harms]
+        self.world.on_main(lambda: _check_shared(path, found_by))
+        return manifest, next((harm.what for _, harm in found_by), None)
 
     def has(self, step: int) -> bool:
         """Whether there is a checkpoint of that step; one that is being written is waited for."""
-        self._end_pending()
+        self.finish()
         return self.world.on_main(lambda: step in self.folder.steps())
 
     def set_aside_after(self, step: int) -> None:
@@ -172,7 +186,7 @@ class CheckpointManager:
         Raises:
             NotSavedError: with ``wait``, when it cannot be written.
         """
-        self._end_pending()
+        self.finish()
         state = {**run_tensors(model, optimizer), **random_state(self.world.rank)}
         content = {**train_state, "optimizer_values": plain_values(model, optimizer)}
         partial = self.folder.partial(step)
@@ -183,35 +197,48 @@ class CheckpointManager:
 
         writer = CheckpointWriter(partial, publish)
         upload = dcp.async_save(state, storage_writer=writer, planner=PiecewiseSavePlanner(), process_group=self.group)
-        self._pending = (step, cast("Future[Any]", upload))
+        self._pending = _Pending(step, writer, cast("Future[Any]", upload))
         if wait:
-            problem = self._end_pending()
+            problem = self.finish()
             if problem is not None:
                 raise NotSavedError(problem)
 
-    def close(self) -> None:
-        """Wait for the save that is under way, if there is one, and let another run have the folder."""
-        self._end_pending()
-        self.folder.release()
+    def finish(self) -> str | None:
+        """Wait for the save that is under way, if there is one; returns what went wrong.
 
-    def _end_pending(self) -> str | None:
-        """Wait for the save that is under way; returns what went wrong."""
+        Raises:
+            UnreachableError: ranks do not get to the end of it in time; names them.
+        """
         if self._pending is None:
             return None
-        (step, upload), self._pending = self._pending, None
+        pending, self._pending = self._pending, None
         try:
-            upload.result()
+            pending.upload.result(self.timeout)
+        except TimeoutError:
+            raise UnreachableError(f"checkpoint step-{pending.step}: {self._late(pending.writer)}") from None
         except (dcp.CheckpointException, OSError) as error:
-            problem = f"checkpoint step-{step} was not written: {_reason(error)}; {self.standing()}"
+            problem = f"checkpoint step-{pending.step} was not written: {_reason(error)}; {self.standing()}"
             if self.world.is_main:
-                shutil.rmtree(self.folder.partial(step), ignore_errors=True)
+                shutil.rmtree(self.folder.partial(pending.step), ignore_errors=True)
                 log.warning("error: %s", problem)
             return problem
         return None
 
+    def _late(self, writer: CheckpointWriter) -> str:
+        parts: list[Any] = [None] * self.world.size
+        dist.all_gather_object(parts, (socket.gethostname(), writer.written))  # the save's own group is stuck
+        late = [f"rank {rank} on {host}" for rank, (host, written) in enumerate(parts) if not written]
+        who = ", ".join(late[:8]) or f"rank 0 on {parts[0][0]}, which gives it its name,"
+        return f"{who} did not come to an end in save_timeout_seconds={self.timeout:g}; {self.standing()}"
+
+    def close(self) -> None:
+        """Wait for the save that is under way, if there is one, and let another run have the folder."""
+        self.finish()
+        self.folder.release()
+
     def standing(self) -> str:
         """Which checkpoint there is to go back to, in words; one that is being written is waited for."""
-        self._end_pending()
+        self.finish()
         steps = self.folder.steps()
         return f"checkpoint step-{steps[-1]} stands" if steps else "there is no checkpoint yet"
 
@@ -264,6 +291,16 @@ class CheckpointManager:
         else:
             log.warning(
                 "%s holds no random state for rank %d: continuing with the current one", path.name, self.world.rank
+            )
+
+
+def _check_shared(path: Path, found_by: Sequence[tuple[str, Damage]]) -> None:
+    """Raises ConfigError if another rank misses what this one sees: the checkpoint is whole, but not there for all."""
+    for host, harm in found_by:
+        if harm.missing and (path / harm.file).exists():
+            raise ConfigError(
+                f"output_dir: {path / harm.file} is not there on {host}, but on {socket.gethostname()}; use a folder "
+                "that all machines share; nothing was changed"
             )
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from lrdint_tune.errors import ConfigError
 
 STATE_FILE = "train_state.json"
 _FORMAT = 2
@@ -50,32 +53,65 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """What :func:`write_manifest` was given, with ``format`` and ``files`` (name -> [bytes, digest]).
 
     Raises:
-        DamagedCheckpoint: it is missing or unreadable, or differs from what was written.
+        DamagedCheckpoint: it is missing, no JSON, or differs from what was written.
+        ConfigError: the system cannot read it now, or another version of this package wrote it.
     """
     try:
         content = json.loads((folder / STATE_FILE).read_text())
-        written = content.pop("digest")
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{STATE_FILE} is missing") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise _unreadable(folder / STATE_FILE, error) from None
+    except ValueError as error:
         raise DamagedCheckpoint(f"{STATE_FILE} is not readable ({error})") from None
-    if not isinstance(content, dict) or written != _digest_of_content(content):
+    if isinstance(content, dict) and "digest" not in content and "step" in content:
+        raise ConfigError(
+            f"{folder}: written by a version of lrdint_tune without digests; go on with that version, or use another "
+            "output_dir"
+        )
+    if not isinstance(content, dict) or content.pop("digest", None) != _digest_of_content(content):
         raise DamagedCheckpoint(f"{STATE_FILE}: its content differs from what was written")
+    if content["format"] != _FORMAT:
+        raise ConfigError(
+            f"{folder}: of format {content['format']}, this version of lrdint_tune reads {_FORMAT}; go on with the "
+            "version that wrote it, or use another output_dir"
+        )
     return content
 
 
-def damage(folder: Path, name: str, size: int, digest: str) -> str | None:
-    """What is wrong with a file of a checkpoint, or None. Reads all of it, one block at a time."""
+class Damage(NamedTuple):
+    """What is wrong with a file of a checkpoint."""
+
+    file: str
+    what: str
+    missing: bool = False
+
+
+def damage(folder: Path, name: str, size: int, digest: str) -> Damage | None:
+    """What is wrong with a file of a checkpoint, or None. Reads all of it, one block at a time.
+
+    Raises:
+        ConfigError: the system cannot read it now, which says nothing about what is in it.
+    """
     file = folder / name
     try:
         found = file.stat().st_size
         if found != size:
-            return f"{name} has {found:,} of {size:,} bytes"
-        return None if digest_of(file) == digest else f"{name}: its content differs from what was written"
+            return Damage(name, f"{name} has {found:,} of {size:,} bytes")
+        if digest_of(file) == digest:
+            return None
+        return Damage(name, f"{name}: its content differs from what was written")
     except FileNotFoundError:
-        return f"{name} is missing"
+        return Damage(name, f"{name} is missing", missing=True)
     except OSError as error:
-        return f"{name} cannot be read ({error.strerror})"
+        raise _unreadable(file, error) from None
+
+
+def _unreadable(file: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"{file}: cannot be read on {socket.gethostname()} ({error.strerror}); nothing was changed: see to the file "
+        "system and start again"
+    )
 
 
 def _digest_of_content(content: Any) -> str:

@@ -56,6 +56,7 @@ class CheckpointWriter(dcp.FileSystemWriter):
     def __init__(self, path: Path, publish: Callable[[dict[str, str]], None]) -> None:
         super().__init__(path, sync_files=True)
         self.publish = publish
+        self.written = False  # this rank's part
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """A copy of this rank's tensors in the CPU's memory, so that training can go on while it is written."""
@@ -68,6 +69,7 @@ class CheckpointWriter(dcp.FileSystemWriter):
         except RuntimeError as error:
             # torch's zip writer tells of its own confusion; why it could not write stands behind it.
             raise _behind(error) from None
+        self.written = True
         names = {result.storage_data.relative_path for result in results}
         digests = {name: digest_of(Path(self.path) / name) for name in names}
         digested: Future[list[WriteResult]] = Future()

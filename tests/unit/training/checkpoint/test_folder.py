@@ -46,6 +46,24 @@ def test_publish_keeps_the_latest(tmp_path: Path) -> None:
     assert (tmp_path / "step-3" / "shard").read_text() == "step-3.partial"
 
 
+def test_what_cannot_be_removed_is_no_fault_of_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A network file system keeps a file that somebody reads."""
+    checkpoints = folder(tmp_path, keep=1)
+    pretend(tmp_path, "step-1", "step-2.partial")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", lambda *_, **__: (_ for _ in ()).throw(OSError(39, "Directory not empty")))
+        checkpoints.publish(2)
+        checkpoints.recover()
+    assert checkpoints.steps() == [2] and names(tmp_path) == ["step-1.partial", "step-2"]
+    assert "step-1.partial cannot be removed now" in caplog.text
+    pretend(tmp_path, "step-3.partial")
+    checkpoints.publish(3)
+    checkpoints.recover()
+    assert names(tmp_path) == ["step-3"]
+
+
 def test_later_checkpoints_are_set_aside(tmp_path: Path) -> None:
     pretend(tmp_path, "step-3", "step-6", "step-9")
     folder(tmp_path).set_aside_after(3)

@@ -1,11 +1,15 @@
 """Saving, finding and loading; resuming whole runs is tested in tests/integration."""
 
 import errno
+import json
 import os
 import pickle
+import re
 import resource
 import signal
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +23,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torchao.optim import AdamW8bit
 
-from lrdint_tune.errors import ConfigError, NotSavedError
+from lrdint_tune.errors import ConfigError, NotSavedError, UnreachableError
+from lrdint_tune.training.checkpoint import manifest as manifest_module
 from lrdint_tune.training.checkpoint.manager import CheckpointManager
+from lrdint_tune.training.checkpoint.manifest import STATE_FILE
 from lrdint_tune.training.checkpoint.state import run_tensors
 from lrdint_tune.training.checkpoint.storage import CheckpointReader, CheckpointWriter
 from lrdint_tune.training.world import MeshShape, World, make_world
@@ -33,8 +39,8 @@ def world() -> World:
 
 
 @contextmanager
-def manager(folder: Path, keep: int = 2) -> Iterator[CheckpointManager]:
-    checkpoints = CheckpointManager(folder, keep_last_n=keep, world=world())
+def manager(folder: Path, keep: int = 2, timeout: float = 60) -> Iterator[CheckpointManager]:
+    checkpoints = CheckpointManager(folder, keep_last_n=keep, world=world(), timeout=timeout)
     try:
         yield checkpoints
     finally:
@@ -262,6 +268,89 @@ def test_named_checkpoint(tmp_path: Path) -> None:
     assert (tmp_path / "step-3").is_dir(), "what was named is not moved"
     ((_, message),) = run_ranks(_find, 1, tmp_path, str(tmp_path / "step-4"))
     assert message is not None and "step-4': not a complete checkpoint" in message
+
+
+def _find_with(folder: Path, host: str, change: Callable[[], None]) -> str | None:
+    """As ``_find``, with another machine's eyes on rank 1: ``change`` comes before it looks."""
+    if dist.get_rank() == 1:
+        socket.gethostname = lambda: host  # type: ignore[assignment]
+        change()
+    return _find(folder, "auto")[1]
+
+
+def _unreadable() -> None:
+    def read(file: Path) -> str:
+        raise OSError(errno.EIO, "Input/output error")
+
+    manifest_module.digest_of = read
+
+
+def _blind() -> None:
+    original = Path.stat
+
+    def stat(self: Path, **options: Any) -> os.stat_result:
+        if self.name == "__0_0.distcp":
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory")
+        return original(self, **options)
+
+    Path.stat = stat  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (_unreadable, r"cannot be read on other \(Input/output error\); nothing was changed"),
+        (_blind, r"__0_0.distcp is not there on other, but on .*; use a folder that all machines share"),
+    ],
+    ids=["unreadable", "not shared"],
+)
+def test_what_one_machine_cannot_read_is_not_taken_for_damaged(
+    tmp_path: Path, change: Callable[[], None], what: str
+) -> None:
+    run_ranks(_save_steps, 2, tmp_path, 3, 6)
+    for message in run_ranks(_find_with, 2, tmp_path, "other", change):
+        assert message is not None and re.search(what, message)
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["step-3", "step-6"]
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [({"step": 3, "run": {}}, "without digests"), (None, "of format 3, this version of lrdint_tune reads 2")],
+    ids=["older", "newer"],
+)
+def test_other_formats_are_refused_and_left_alone(tmp_path: Path, content: dict[str, Any] | None, what: str) -> None:
+    run_ranks(_save_steps, 1, tmp_path, 3)
+    state = tmp_path / "step-3" / STATE_FILE
+    if content is None:
+        content = json.loads(state.read_text()) | {"format": 3}
+        del content["digest"]
+        content["digest"] = manifest_module._digest_of_content(content)
+    state.write_text(json.dumps(content))
+    ((name, message),) = run_ranks(_find, 1, tmp_path, "auto")
+    assert name is None and message is not None and what in message
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["step-3"]
+
+
+def _save_late(folder: Path) -> str:
+    """Rank 1's disk takes long."""
+    model, optimizer = _sharded()
+    original = CheckpointWriter.write_data
+
+    def late(self: CheckpointWriter, plan: Any, planner: Any) -> Any:
+        if dist.get_rank() == 1:
+            time.sleep(4)
+        return original(self, plan, planner)
+
+    CheckpointWriter.write_data = late  # type: ignore[method-assign]
+    with manager(folder, timeout=1) as checkpoints:
+        with pytest.raises(UnreachableError) as error:
+            checkpoints.save(1, model, optimizer, {}, wait=True)
+    return str(error.value)
+
+
+def test_who_does_not_write_in_time_is_named(tmp_path: Path) -> None:
+    for message in run_ranks(_save_late, 2, tmp_path):
+        assert re.match(r"checkpoint step-1: rank 1 on \S+ did not come to an end in save_timeout_seconds=1; ", message)
 
 
 class Malicious:

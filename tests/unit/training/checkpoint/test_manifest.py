@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from lrdint_tune.errors import ConfigError
 from lrdint_tune.training.checkpoint.manifest import (
     STATE_FILE,
     DamagedCheckpoint,
@@ -47,15 +48,14 @@ def test_round_trip(checkpoint: Path) -> None:
         (lambda file: file.write_bytes(file.read_bytes()[:1234]), "a has 1,234 of 3,000,000 bytes"),
         (lambda file: file.write_bytes(file.read_bytes() + b"x"), "a has 3,000,001 of 3,000,000 bytes"),
         (lambda file: flip(file, 2_999_999), "a: its content differs from what was written"),
-        (lambda file: (file.unlink(), file.mkdir()), "a has "),
     ],
-    ids=["missing", "truncated", "longer", "one bit", "a folder"],
+    ids=["missing", "truncated", "longer", "one bit"],
 )
 def test_damage_is_named(checkpoint: Path, harm: Callable[[Path], object], message: str) -> None:
     entry = read_manifest(checkpoint)["files"]["a"]
     harm(checkpoint / "a")
     found = damage(checkpoint, "a", *entry)
-    assert found is not None and found.startswith(message)
+    assert found is not None and found.what.startswith(message) and found.missing == ("missing" in message)
 
 
 def test_every_bit_of_the_manifest_counts(checkpoint: Path) -> None:
@@ -68,8 +68,8 @@ def test_every_bit_of_the_manifest_counts(checkpoint: Path) -> None:
             read_manifest(checkpoint)
             blanks += 1
             assert json.loads(file.read_bytes()) == json.loads(whole), "another content was accepted"
-        except DamagedCheckpoint as error:
-            assert STATE_FILE in str(error)
+        except (DamagedCheckpoint, ConfigError) as error:  # the key "digest" itself: as from before there were any
+            assert STATE_FILE in str(error) or "without digests" in str(error)
         file.write_bytes(whole)
     assert blanks < 5, "only white space may differ"
 
