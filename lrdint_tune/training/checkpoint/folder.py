@@ -107,7 +107,8 @@ class CheckpointFolder:
         for old_step in self.steps()[: -self.keep_last_n]:
             # Under this name a half-removed one is not taken for complete, and recover() removes the rest.
             doomed = self.partial(old_step)
-            _remove(doomed)  # what an earlier attempt may have left
+            if doomed.exists():  # what could not be removed before
+                _remove(doomed)
             try:
                 os.rename(self.of(old_step), doomed)
             except OSError as error:
