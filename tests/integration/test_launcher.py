@@ -23,8 +23,9 @@ LAUNCH = ("-m", "lrdint_tune.launch")
 # It gives workers a minute to notice that another node has given up.
 IMPATIENT = (
     "-c",
-    "import sys; from lrdint_tune import launch; from lrdint_tune.launching import agent; agent.CLOSED_SECONDS = 2; "
-    "sys.exit(launch.main())",
+    "import os, sys; os.environ['TORCH_CPP_LOG_LEVEL'] = 'FATAL'; "  # as launch.py does, before torch is imported
+    "from lrdint_tune.launching import agent; agent.CLOSED_SECONDS = 2; del os.environ['TORCH_CPP_LOG_LEVEL']; "
+    "from lrdint_tune import launch; sys.exit(launch.main())",
 )
 
 
