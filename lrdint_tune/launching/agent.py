@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from itertools import groupby
 from types import FrameType
 
@@ -201,4 +202,6 @@ def ignore_signals() -> None:
 
 
 def say(line: str) -> None:
-    print(f"launch: {line}", file=sys.stderr, flush=True)
+    """Tell the user, if there is one: Ctrl-C ends a ``| tee`` too, and the workers must be told all the same."""
+    with suppress(OSError):
+        os.write(2, f"launch: {line}\n".encode())  # a buffer would fail again at the exit, and change its code

@@ -135,6 +135,16 @@ def test_second_signal(plan: Sequence[str]) -> None:
     assert _lines(output)[-1] == "launch: SIGINT, the second signal: ended at once"
 
 
+def test_workers_are_told_though_nobody_reads() -> None:
+    """``| tee`` has ended."""
+    job = _start("--nproc_per_node=1", WORKER, "0=saving")
+    assert job.stdout is not None
+    assert job.stdout.readline() == "started 0\n"
+    job.stdout.close()
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(timeout=60) == 75
+
+
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)], ids=["TERM", "USR1", "INT"]
 )
