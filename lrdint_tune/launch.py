@@ -15,14 +15,17 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 
 from lrdint_tune.errors import ConfigError
 from lrdint_tune.exit_codes import BAD_INPUT
+from lrdint_tune.launching.early import end_at_signals
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the workers of this node; returns the exit code of the process."""
+    before = end_at_signals()
     quiet = "TORCH_CPP_LOG_LEVEL" not in os.environ
     if quiet:  # read while torch is imported; its store prints a page for each lost connection
         os.environ["TORCH_CPP_LOG_LEVEL"] = "FATAL"
@@ -38,6 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return BAD_INPUT
+    for number in before.keys() - {signal.Signals[name] for name in config.signals_to_handle.split(",")}:
+        signal.signal(number, before[number])
     return launch(config, command, command_args)
 
 

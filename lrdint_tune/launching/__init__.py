@@ -1,1 +1,1 @@
-"""What `python -m lrdint_tune.launch` does; importing a module of it imports torch's launcher."""
+"""What `python -m lrdint_tune.launch` does; all its modules but `early` import torch's launcher."""

@@ -7,26 +7,31 @@ codes of workers that a signal stopped.
 from __future__ import annotations
 
 import logging
+import math
+import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from itertools import groupby
+from types import FrameType
 
 from torch.distributed.elastic.agent.server import WorkerGroup
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import SignalException, SubprocessContext
+from torch.distributed.elastic.multiprocessing import api as multiprocessing_api
 from torch.distributed.elastic.rendezvous.api import RendezvousClosedError
 
 from lrdint_tune.exit_codes import BAD_INPUT, DATA_LOST, INTERRUPTED, NONFINITE, PREEMPTED
+from lrdint_tune.training.interruption import REPEAT_SECONDS
 
 log = logging.getLogger(__name__)
 
 # Started again on the same machines, the same thing would happen again, or a scheduler is to decide.
 FINAL = frozenset({BAD_INPUT, NONFINITE, DATA_LOST, PREEMPTED, INTERRUPTED})
-# After the second signal; the workers end at once.
+# After the second signal the workers end at once by themselves; what then still lives is killed.
 SECOND_SIGNAL_SECONDS = 5
 # When another node has given up: for these workers to notice and say what they lost, before they are told to stop.
 CLOSED_SECONDS = 60
@@ -87,13 +92,28 @@ class Agent(LocalElasticAgent):
         except SignalException as second:
             self.forced = second.sigval
             ignore_signals()  # what follows takes seconds
-            super()._shutdown(second.sigval, SECOND_SIGNAL_SECONDS)
+            self._end_at_once(second.sigval)
             raise
         finally:
             if alive:
                 self.stopped = {
                     rank: code for rank, code in self._codes().items() if rank in alive and code is not None
                 }
+
+    def _end_at_once(self, second: signal.Signals) -> None:
+        assert isinstance(self._pcontext, SubprocessContext)  # there were workers to shut down
+        handlers = self._pcontext.subprocess_handlers.values()
+        end = time.monotonic() + SECOND_SIGNAL_SECONDS
+        told = -math.inf
+        while time.monotonic() < end and any(handler.proc.poll() is None for handler in handlers):
+            # Again after a while: a worker that got the first one late takes this one for its repetition.
+            if time.monotonic() - told > REPEAT_SECONDS:
+                told = time.monotonic()
+                for handler in handlers:
+                    if handler.proc.poll() is None:
+                        handler.close(second)
+            time.sleep(0.02)
+        super()._shutdown(signal.SIGKILL, SECOND_SIGNAL_SECONDS)
 
     def _codes(self) -> dict[int, int | None]:
         """Exit codes by rank, as :mod:`subprocess` gives them: negative for a signal, None for a living worker."""
@@ -154,9 +174,25 @@ def signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def raise_signal(number: int, frame: object) -> None:
-    """A signal handler: what torch's agent installs as soon as it has workers, for the time before."""
-    raise SignalException(f"signal {number}", sigval=signal.Signals(number))
+def take_signals(numbers: Iterable[signal.Signals]) -> None:
+    """Raise torch's :class:`SignalException` at a signal; not at what follows within :data:`REPEAT_SECONDS`.
+
+    The workers count such a repetition as the same request too.
+    """
+    taken = -math.inf
+
+    def take(signum: int, frame: FrameType | None) -> None:
+        nonlocal taken
+        now = time.monotonic()
+        if now - taken >= REPEAT_SECONDS:
+            taken = now
+            raise SignalException(f"signal {signum}", sigval=signal.Signals(signum))
+
+    for number in numbers:
+        signal.signal(number, take)
+    # What torch installs each time it starts workers; its own takes every signal for a new one.
+    assert callable(multiprocessing_api._terminate_process_handler)
+    multiprocessing_api._terminate_process_handler = take
 
 
 def ignore_signals() -> None:
@@ -166,4 +202,6 @@ def ignore_signals() -> None:
 
 
 def say(line: str) -> None:
-    print(f"launch: {line}", file=sys.stderr, flush=True)
+    """Tell the user, if there is one: Ctrl-C ends a ``| tee`` too, and the workers must be told all the same."""
+    with suppress(OSError):
+        os.write(2, f"launch: {line}\n".encode())  # a buffer would fail again at the exit, and change its code

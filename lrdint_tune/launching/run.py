@@ -13,7 +13,8 @@ from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig
 
 from lrdint_tune.exit_codes import DONE, INTERRUPTED, LOST_RANK, PREEMPTED
-from lrdint_tune.launching.agent import Agent, ignore_signals, plural, raise_signal, root_cause, say, shell_code
+from lrdint_tune.launching.agent import Agent, ignore_signals, plural, root_cause, say, shell_code, take_signals
+from lrdint_tune.launching.early import CODES, nothing_to_save
 from lrdint_tune.launching.nodes import describe_loss, meet
 from lrdint_tune.launching.watchdog import start_watchdog
 
@@ -23,8 +24,7 @@ CLOSING_SECONDS = 10.0
 def launch(config: LaunchConfig, command: str, command_args: list[str]) -> int:
     """Meet the other nodes, run the workers, and say how they ended; returns the exit code."""
     agent, handler, by_signal = None, None, False
-    for name in config.signals_to_handle.split(","):
-        signal.signal(signal.Signals[name], raise_signal)
+    take_signals(signal.Signals[name] for name in config.signals_to_handle.split(","))
     try:
         handler = meet(config)
         agent = Agent(
@@ -71,12 +71,13 @@ def launch(config: LaunchConfig, command: str, command_args: list[str]) -> int:
 
 def after_signal(agent: Agent | None, first: signal.Signals) -> int:
     """The exit code when a signal ended the agent: the workers' own, if there were any to end."""
-    if agent is not None and agent.forced is not None:
+    # Not when it came so late that all had saved.
+    if agent is not None and agent.forced and set(agent.stopped.values()) - saved_codes(agent.forced):
         say(f"{agent.forced.name}, the second signal: ended at once")
         return 128 + agent.forced
-    unsaved = {signal.SIGTERM: PREEMPTED, signal.SIGUSR1: PREEMPTED, signal.SIGINT: INTERRUPTED}.get(first, 128 + first)
+    unsaved = CODES.get(first, 128 + first)
     if agent is None or not agent.stopped:
-        say(f"{first.name} before there were workers: nothing to save")
+        say(nothing_to_save(first))
         return unsaved
     # One that died of the signal itself was still importing: the recipe handles it before it has anything to save.
     codes = {rank: unsaved if code == -first else code for rank, code in agent.stopped.items()}
@@ -85,6 +86,11 @@ def after_signal(agent: Agent | None, first: signal.Signals) -> int:
         say(f"rank{plural(ranks)}: exit code {shell_code(code)} after {first.name}")
     unclean = {rank: code for rank, code in codes.items() if code not in (DONE, unsaved)}
     return shell_code(root_cause(unclean or codes)[1])
+
+
+def saved_codes(forced: signal.Signals) -> set[int]:
+    """Codes of workers that a second signal did not end: 130 may come of a second SIGINT as well."""
+    return {DONE, PREEMPTED, INTERRUPTED} - {128 + forced}
 
 
 def after_lost_nodes(agent: Agent | None) -> int:

@@ -8,20 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from lrdint_tune.faults.faults import CutLink, FlipBit, FullDiskForAWhile, KillInSave, Terminate, unavailable
+from lrdint_tune.faults.faults import FlipBit, Terminate
 
 REPOSITORY = Path(__file__).parents[2]
-FAULTS = [
-    FlipBit.name,
-    KillInSave.name if unavailable(CutLink, 2) else CutLink.name,
-    Terminate.name if unavailable(FullDiskForAWhile, 2) else FullDiskForAWhile.name,
-]
+FAULTS = [FlipBit.name, Terminate.name]  # quick ones, possible everywhere
 
 
 @pytest.mark.slow
-def test_three_faults(tmp_path: Path) -> None:
+def test_two_faults(tmp_path: Path) -> None:
     only = [argument for fault in FAULTS for argument in ("--only", fault)]
-    options = ["--num_faults=3", "--train_timeout_seconds=5", "max_steps_per_epoch=10", *only]
+    options = ["--num_faults=2", "--train_timeout_seconds=5", "max_steps_per_epoch=6", *only]
     done = subprocess.run(
         [sys.executable, "-m", "lrdint_tune.faults", "--output_dir", str(tmp_path / "faults"), *options],
         cwd=REPOSITORY,

@@ -1,10 +1,14 @@
 """Which worker's end is believed, and how ends are told."""
 
 import socket
+from signal import SIGTERM
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
-from lrdint_tune.launching.agent import describe, root_cause, shell_code
+from lrdint_tune.launching.agent import Agent, describe, root_cause, shell_code
+from lrdint_tune.launching.run import after_signal
 
 
 @pytest.mark.parametrize(
@@ -37,3 +41,9 @@ def test_lines_are_few_and_name_everybody() -> None:
     ]
     everybody = dict.fromkeys(range(8), 75)
     assert describe(everybody, by_themselves=everybody) == [f"ranks 0-7 on {host}: exit code 75"]
+
+
+@pytest.mark.parametrize(("codes", "code"), [({0: 75, 1: 75}, 75), ({0: 75, 1: 143}, 143), ({0: -9, 1: 75}, 143)])
+def test_second_signal_after_all_have_saved_changes_nothing(codes: dict[int, int], code: int) -> None:
+    agent = cast(Agent, SimpleNamespace(forced=SIGTERM, stopped=codes))
+    assert after_signal(agent, SIGTERM) == code
