@@ -220,14 +220,13 @@ class Heartbeat:
         if idle <= self.timeout - 2 * self.interval or not all(seen.beat.watched for seen in behind.values()):
             return
         if len(behind) == len(present):
-            # All at the same mark: those wait that are in a collective, and nobody is lost as long as all compute.
-            if not any(seen.beat.waiting for seen in present.values()):
-                return
+            # All at the same mark: those that wait for a collective are not late. Maybe nobody is seen to wait:
+            # kernels behind one that hangs fill CUDA's queue, and then the host stands wherever it starts one.
             behind = {rank: seen for rank, seen in present.items() if not seen.beat.waiting} or present
         names = ", ".join(self._name(rank) for rank in sorted(behind)[:8])
-        what = "the others wait" if len(behind) < len(present) else "all wait for each other"
-        first = min(behind)
-        where = f"{self._last(first)}, at {behind[first].beat.line}"
+        what = "the others wait" if len(behind) < len(present) else "all stand there"
+        lines = list(dict.fromkeys(behind[rank].beat.line for rank in sorted(behind)))
+        where = f"{self._last(min(behind))}, at {' and '.join(lines[:3])}"
         self._end(LOST_RANK, f"{names}: no progress for {idle:.0f} s while {what}, {where}")
 
     def _name(self, rank: int) -> str:
