@@ -6,6 +6,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lrdint_tune.exit_codes import CRASH, LOST_RANK
+from lrdint_tune.errors import ConfigError
+from lrdint_tune.exit_codes import BAD_INPUT, CRASH, LOST_RANK
 from lrdint_tune.training.trainer import Trainer
 from tests.common.tiny_run import read_losses, write_run
 from tests.distributed.harness import Outcome, run_recipe
@@ -35,6 +37,8 @@ def disturb(method: str, how: str, *, step: int, rank: int | None, seconds: floa
                 time.sleep(seconds)
             elif how == "crash":
                 raise KeyError("made to crash")
+            elif how == "refuse":
+                raise ConfigError("made to refuse")
             else:
                 os.kill(os.getpid(), getattr(signal, how))
         return original(self, *args, **kwargs)
@@ -124,6 +128,32 @@ def test_a_crashed_rank(config: Path, tmp_path: Path) -> None:
     assert "KeyError: 'made to crash'" in outcome.outputs[1]
     assert f"rank 1 on {HOST} ended with exit code 1, last heard of in" in said(outcome)
     assert "Traceback" not in outcome.outputs[0]
+
+
+def test_what_only_one_rank_refuses(config: Path, tmp_path: Path) -> None:
+    """It is not the one that speaks for its machine, but its reason is told."""
+    outcome = lost(config, tmp_path, "refuse")
+    assert outcome.codes == [BAD_INPUT, BAD_INPUT], outcome.outputs
+    assert said(outcome) == f"error: made to refuse (rank 1 on {HOST})"
+
+
+def hang_at_the_end() -> None:
+    """As the end of the process group does on NCCL while others are in a collective, and a save to a lost disk."""
+    original = dist.destroy_process_group
+
+    def destroy(group: dist.ProcessGroup | None = None) -> None:
+        original(group) if group is not None else time.sleep(1000)
+
+    dist.destroy_process_group = destroy
+    ThreadPoolExecutor().submit(time.sleep, 1000)
+
+
+@pytest.mark.parametrize(("how", "code", "line"), [("crash", CRASH, "KeyError"), ("refuse", BAD_INPUT, "error: made")])
+def test_a_failure_waits_for_nothing(config: Path, tmp_path: Path, how: str, code: int, line: str) -> None:
+    prepare = [hang_at_the_end, partial(disturb, "_train_step", how, step=2, rank=None)]
+    outcome = run_recipe(config, f"output_dir={tmp_path}", prepare=prepare, timeout=30)
+    assert outcome.codes == [code], outcome.outputs
+    assert line in outcome.outputs[0]
 
 
 @pytest.mark.slow
