@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import logging
-import os
 import sys
-import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -18,9 +16,8 @@ from omegaconf.errors import OmegaConfBaseException
 from torchtune.config._utils import _merge_yaml_and_cli_args
 from tqdm import tqdm
 
+from lrdint_tune.ending import is_main, report
 from lrdint_tune.errors import ConfigError, ReportedError
-
-_HEAD_START_SECONDS = 1.0
 
 Main = Callable[[DictConfig], int]
 
@@ -64,21 +61,6 @@ class _AboveTheBar(logging.StreamHandler):
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=self.stream)
-
-
-def is_main() -> bool:
-    """True in the first process, by what the launcher says; before there is a process group."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def report(error: ReportedError) -> None:
-    """Say ``error: ...``, once for all processes that met it."""
-    # Rank 0 for everybody; for what is wrong on another machine only (a missing file), its first process.
-    if is_main() or os.environ.get("LOCAL_RANK") == "0":
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    else:
-        # torchrun ends the others as soon as one process has failed: the one that tells comes first.
-        time.sleep(_HEAD_START_SECONDS)
 
 
 def read_config(arguments: Sequence[str], description: str | None = None) -> DictConfig:

@@ -10,11 +10,14 @@ Exit codes: lrdint_tune/exit_codes.py.
 from __future__ import annotations
 
 import sys
+import traceback
 from functools import partial
+from typing import NoReturn
 
 from omegaconf import DictConfig
 from torch.distributed.checkpoint import CheckpointException
 
+from lrdint_tune.ending import end_now, report, tells
 from lrdint_tune.entry import recipe
 from lrdint_tune.errors import ReportedError
 from lrdint_tune.exit_codes import CRASH, DONE
@@ -33,7 +36,6 @@ def recipe_main(cfg: DictConfig) -> int:
     interruption, pulse = Interruption(), Pulse()
     heartbeat = Heartbeat(pulse)
     interruption.install(before_exit=heartbeat.yield_to_others)
-    code = CRASH
     try:
         checked = load_config(cfg)
         world = start_world(
@@ -47,17 +49,27 @@ def recipe_main(cfg: DictConfig) -> int:
         code = DONE
     except Stopped as stop:
         code = stop.exit_code
-    except ReportedError as error:
-        code = error.exit_code
-        raise
-    except (RuntimeError, CheckpointException):
-        heartbeat.blame_others()
-        raise
-    finally:
-        interruption.ignore()  # torchrun's SIGTERM, sent when another rank has ended, must not change the code
-        heartbeat.leave(code)
-        end_world()
+    except Exception as error:
+        if isinstance(error, RuntimeError | CheckpointException):
+            heartbeat.blame_others()
+        interruption.ignore()
+        _fail(error, heartbeat)
+    # All ranks come here together.
+    interruption.ignore()  # torchrun's SIGTERM, sent when another rank has ended, must not change the code
+    heartbeat.leave(code)
+    end_world()
     return code
+
+
+def _fail(error: Exception, heartbeat: Heartbeat) -> NoReturn:
+    """End, without the others: they may be inside a collective that this rank does not join."""
+    if isinstance(error, ReportedError):
+        heartbeat.leave(error.exit_code, "" if tells() else str(error))
+        report(error)
+        end_now(error.exit_code)
+    traceback.print_exception(error)
+    heartbeat.leave(CRASH)
+    end_now(CRASH)
 
 
 if __name__ == "__main__":

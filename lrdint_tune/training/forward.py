@@ -13,6 +13,7 @@ from lrdint_tune.attention import DocumentMask
 from lrdint_tune.models.decoder import LlamaDecoder
 from lrdint_tune.training.data import Batch, BatchLoader
 from lrdint_tune.training.data.watch import together
+from lrdint_tune.training.pulse import agreed
 from lrdint_tune.training.world import World
 
 
@@ -51,4 +52,4 @@ def held_out_nll(model: LlamaDecoder, loader: BatchLoader, world: World, *, betw
         total[1] += batch.num_label_tokens / world.context_size
     model.train()
     dist.all_reduce(total)
-    return float(total[0] / total[1])
+    return float(agreed(total[0] / total[1]))

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lrdint_tune.models.decoder import LlamaDecoder, is_new_tensor
+from lrdint_tune.training.pulse import agreed
 from lrdint_tune.training.world import World
 
 
 def total_norm(parameters: Iterable[nn.Parameter]) -> float:
     """L2 norm over all gradients, whole ones; a collective when they are sharded."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    return float((norm.full_tensor() if isinstance(norm, DTensor) else norm).item())
+    return float(agreed(norm.full_tensor() if isinstance(norm, DTensor) else norm))
 
 
 def local_square(grad: Tensor, world: World) -> Tensor:
@@ -33,7 +34,7 @@ def total_norm_of(squares: Mapping[str, Tensor], world: World) -> float:
     total = torch.zeros((), device=world.device)
     for square in squares.values():
         total += square
-    return _over_ranks(total, world).sqrt().item()
+    return float(agreed(_over_ranks(total, world).sqrt()))
 
 
 def adapter_norms(squares: Mapping[str, Tensor], num_layers: int, world: World) -> dict[str, float]:
@@ -47,7 +48,7 @@ def adapter_norms(squares: Mapping[str, Tensor], num_layers: int, world: World) 
     for name, square in squares.items():
         if is_new_tensor(name):
             sums[int(name.split(".")[1])] += square
-    norms = _over_ranks(sums, world).sqrt().tolist()
+    norms = agreed(_over_ranks(sums, world).sqrt())
     return {f"adapter_grad_norm/layers.{i}": norm for i, norm in enumerate(norms)}
 
 
@@ -72,4 +73,4 @@ def diagnostics(model: LlamaDecoder, world: World) -> dict[str, float]:
         lowest, highest, mean = every.amin(0), every.amax(0), every.mean(0)
         chosen = [{"lambda_min": lowest, "lambda_max": highest}.get(tag.split("/")[0], mean) for tag in own]
         values = torch.stack([of[i] for i, of in enumerate(chosen)])
-    return dict(zip(own, values.tolist(), strict=True))
+    return dict(zip(own, agreed(values), strict=True))

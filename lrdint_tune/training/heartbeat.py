@@ -15,10 +15,12 @@ import threading
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
+from lrdint_tune.errors import UnreachableError
 from lrdint_tune.exit_codes import LOST_RANK
 from lrdint_tune.training.pulse import Pulse, main_thread
 
@@ -36,6 +38,7 @@ class Beat:
         phase, step, marks, watched: of its :class:`Pulse`.
         line, waiting: where its main thread is.
         left: the exit code with which it ends, once it does.
+        reason: why, unless it tells the user itself.
     """
 
     count: int
@@ -47,6 +50,7 @@ class Beat:
     line: str
     waiting: bool
     left: int | None = None
+    reason: str = ""
 
     @property
     def doing(self) -> str:
@@ -79,6 +83,7 @@ class Heartbeat:
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._store: dist.Store | None = None
         self._left: int | None = None
+        self._reason = ""
         self._thread: threading.Thread | None = None
         self._wake = threading.Event()
         self._ending = threading.Lock()
@@ -92,6 +97,9 @@ class Heartbeat:
 
         Args:
             timeout_seconds: a rank lost or hanging is noticed within them.
+
+        Raises:
+            UnreachableError: not every rank called it in that time.
         """
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.timeout = timeout_seconds
@@ -101,17 +109,24 @@ class Heartbeat:
             store: Any = dist.distributed_c10d._get_default_store()  # its type leaves clone() out
             self._store = dist.PrefixStore("heartbeat", store.clone())
             self._store.set(str(self.rank), _encode(self._beat(0)))
-            dist.barrier()  # from here on everybody has a beat
+            self._wait_for_all(self._store, timedelta(seconds=timeout_seconds))
+            self._holds_store = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
             self._thread = threading.Thread(target=self._beats, args=(self._store,), name="heartbeat", daemon=True)
             self._thread.start()
         threading.Thread(target=self._clock, name="heartbeat-clock", daemon=True).start()
 
-    def leave(self, code: int) -> None:
-        """Tell the others that this rank ends with ``code``: it is not to be missed, or not to be waited for."""
-        self._left = code
+    def leave(self, code: int, reason: str = "") -> None:
+        """Tell the others that this rank ends with ``code``: it is not to be missed, or not to be waited for.
+
+        Args:
+            reason: for the user, from whoever misses this rank; empty if it is told here.
+        """
+        self._reason, self._left = reason, code
         self._wake.set()
         if self._thread is not None:
             self._thread.join(2 * self.interval)
+            if code and self._holds_store:
+                time.sleep(2 * self.interval)  # until the others have read it
 
     def yield_to_others(self, code: int) -> None:
         """As :meth:`leave`, for a rank that ends because it was told to. If another one has failed before, that is why,
@@ -125,6 +140,17 @@ class Heartbeat:
             self._hurry = True
             self._wake.set()
             time.sleep((_HURRY_BEATS + 2) * self.interval)
+
+    def _wait_for_all(self, store: dist.Store, timeout: timedelta) -> None:
+        """Until everybody has a beat. Not a barrier: on NCCL nothing ends that when a rank has died."""
+        ranks = [str(rank) for rank in range(self.size)]
+        try:
+            store.wait(ranks, timeout)
+        except RuntimeError as error:
+            raise UnreachableError(
+                f"not all {self.size} ranks began to train within {timeout.total_seconds():.0f} s of rank {self.rank} "
+                f"on {self._host} ({str(error).splitlines()[0]})"
+            ) from None
 
     # ------------------------------------------------------------------ threads
 
@@ -203,7 +229,8 @@ class Heartbeat:
             seen, code = self._seen[rank], self._seen[rank].beat.left
             # When all fail alike, each ends by itself.
             if code and code != self._left and self._awake - seen.beat_since >= patience:
-                self._end(code, f"{self._name(rank)} ended with exit code {code}, {self._last(rank)}")
+                ended = f"{self._name(rank)} ended with exit code {code}, {self._last(rank)}"
+                self._end(code, f"{seen.beat.reason} ({self._name(rank)})" if seen.beat.reason else ended)
 
     def _judge_life(self, ranks: Iterable[int]) -> None:
         for rank in ranks:
@@ -220,14 +247,13 @@ class Heartbeat:
         if idle <= self.timeout - 2 * self.interval or not all(seen.beat.watched for seen in behind.values()):
             return
         if len(behind) == len(present):
-            # All at the same mark: those wait that are in a collective, and nobody is lost as long as all compute.
-            if not any(seen.beat.waiting for seen in present.values()):
-                return
+            # All at the same mark: those that wait for a collective are not late. Maybe nobody is seen to wait:
+            # kernels behind one that hangs fill CUDA's queue, and then the host stands wherever it starts one.
             behind = {rank: seen for rank, seen in present.items() if not seen.beat.waiting} or present
         names = ", ".join(self._name(rank) for rank in sorted(behind)[:8])
-        what = "the others wait" if len(behind) < len(present) else "all wait for each other"
-        first = min(behind)
-        where = f"{self._last(first)}, at {behind[first].beat.line}"
+        what = "the others wait" if len(behind) < len(present) else "all stand there"
+        lines = list(dict.fromkeys(behind[rank].beat.line for rank in sorted(behind)))
+        where = f"{self._last(min(behind))}, at {' and '.join(lines[:3])}"
         self._end(LOST_RANK, f"{names}: no progress for {idle:.0f} s while {what}, {where}")
 
     def _name(self, rank: int) -> str:
@@ -238,9 +264,8 @@ class Heartbeat:
 
     def _beat(self, count: int, left: int | None = None) -> Beat:
         pulse, place = self.pulse, main_thread()
-        return Beat(
-            count, self._host, pulse.phase, pulse.step, pulse.marks, pulse.watched, place.line, place.waiting, left
-        )
+        doing = (pulse.phase, pulse.step, pulse.marks, pulse.watched, place.line, place.waiting)
+        return Beat(count, self._host, *doing, left, "" if left is None else self._reason)
 
     # ------------------------------------------------------------------ ending
 

@@ -23,6 +23,7 @@ import torch.distributed as dist
 import lrdint_tune
 from lrdint_tune.errors import ConfigError, UnreachableError
 from lrdint_tune.training.config import TrainConfig
+from lrdint_tune.training.rendezvous import cannot_talk
 
 log = logging.getLogger(__name__)
 
@@ -73,14 +74,17 @@ def preflight(cfg: TrainConfig, device: torch.device) -> None:
 
     Raises:
         ConfigError: versions, source or config differ; names what, the hosts and the values.
-        UnreachableError: the sum is wrong.
+        UnreachableError: the sum is wrong, or the processes cannot talk to each other.
     """
     if dist.get_world_size() == 1:
         return
-    everybody = _gather(facts(cfg, device))
-    _check_same(everybody, cfg)
-    _check_sum(device)
-    links = _measure(device, [ranks[0].rank for ranks in by_node(everybody)])
+    try:
+        everybody = _gather(facts(cfg, device))
+        _check_same(everybody, cfg)
+        _check_sum(device)
+        links = _measure(device, [ranks[0].rank for ranks in by_node(everybody)])
+    except RuntimeError as error:  # what collectives raise
+        raise cannot_talk(str(error).splitlines()[0], dist.get_rank(), dist.get_world_size()) from None
     if dist.get_rank() == 0:
         for line in table(everybody, links):
             log.info(line)

@@ -7,6 +7,9 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
+
+from torch import Tensor
 
 # How deep below a collective's Python function its wait may sit.
 _WAITING_DEPTH = 4
@@ -38,9 +41,18 @@ class Pulse:
         self.marks += 1
 
 
+def agreed(tensor: Tensor) -> Any:
+    """``tensor.tolist()``, for what a collective made: who watches this thread sees that it waits for others.
+
+    With NCCL the collective's own call returns at once, and the host waits where it first reads the result.
+    """
+    return tensor.tolist()
+
+
 @dataclass(frozen=True)
 class Whereabouts:
-    """Where a thread is: the innermost line of this project, the innermost function, whether it is in a collective."""
+    """Where a thread is: the innermost line of this project (or else function), and whether it is in a collective or
+    waits for the result of one."""
 
     line: str
     waiting: bool
@@ -53,9 +65,9 @@ def main_thread() -> Whereabouts:
     frame: FrameType | None = sys._current_frames()[ident]
     innermost, depth, waiting, line = frame, 0, False, ""
     while frame is not None:
-        file = frame.f_code.co_filename
-        waiting |= depth < _WAITING_DEPTH and "torch/distributed/" in file
-        if not line and "lrdint_tune/" in file:
+        file, reading = frame.f_code.co_filename, frame.f_code is agreed.__code__
+        waiting |= reading or (depth < _WAITING_DEPTH and "torch/distributed/" in file)
+        if not line and not reading and "lrdint_tune/" in file:
             line = f"{Path(file).name}:{frame.f_lineno} ({frame.f_code.co_name})"
         frame, depth = frame.f_back, depth + 1
     assert innermost is not None

@@ -42,11 +42,16 @@ def join(backend: str, rank: int, size: int, timeout: timedelta) -> None:
     try:
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     except RuntimeError as error:  # DistError and gloo's own are RuntimeErrors
-        raise UnreachableError(
-            f"the {size} processes met at {store_address()}, but rank {rank} on {socket.gethostname()} cannot connect "
-            f"to the others directly ({str(error).splitlines()[0]}); set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to "
-            "the network interface between the nodes, and check the firewall"
-        ) from None
+        raise cannot_talk(str(error).splitlines()[0], rank, size) from None
+
+
+def cannot_talk(reason: str, rank: int, size: int) -> UnreachableError:
+    """The error of a process that met the others at the store but does not get through to them."""
+    return UnreachableError(
+        f"the {size} processes met at {store_address()}, but rank {rank} on {socket.gethostname()} cannot connect "
+        f"to the others directly ({reason}); set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the network interface "
+        "between the nodes, and check the firewall"
+    )
 
 
 def store_address() -> str:

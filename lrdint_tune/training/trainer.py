@@ -49,7 +49,7 @@ from lrdint_tune.training.parallelize import check_parallel, parallelize
 from lrdint_tune.training.precision import check_precision_device, describe_precision
 from lrdint_tune.training.profiling import ProfilerWindow
 from lrdint_tune.training.progress import Progress, Throughput, memory_values
-from lrdint_tune.training.pulse import Pulse
+from lrdint_tune.training.pulse import Pulse, agreed
 from lrdint_tune.training.results import write_results
 from lrdint_tune.training.schedule import learning_rates, restore_schedule, schedule_state
 from lrdint_tune.training.trainable import optimizer_groups, parameter_table, set_trainable
@@ -350,7 +350,7 @@ class Trainer:
             device=self.world.device,
         )
         dist.all_reduce(counts)
-        label_tokens, input_tokens, any_lost, *signals = counts.tolist()
+        label_tokens, input_tokens, any_lost, *signals = agreed(counts)
         if any_lost or any(signals):  # the step is not made, so its data are the next one's
             self.loader.epoch, self.loader.position = before
             raise_everywhere(lost)
@@ -377,7 +377,7 @@ class Trainer:
             self.pulse.mark()
         loss = torch.stack(losses).sum().double()
         dist.all_reduce(loss)
-        average = loss.item() / self.world.tensor_size / label_tokens
+        average = agreed(loss) / self.world.tensor_size / label_tokens
         norm = self.updates.total_norm()
         finite = math.isfinite(average) and math.isfinite(norm)
         if not finite:
@@ -425,7 +425,7 @@ class Trainer:
         self.pulse.mark()
         signals = torch.tensor(self.interruption.flags(), device=self.world.device)
         dist.all_reduce(signals)
-        stop_if_any(signals.tolist())
+        stop_if_any(agreed(signals))
 
     def _record_validation(self, recorder: TensorBoardLogger | None, progress: Progress) -> None:
         nll = self.validate()

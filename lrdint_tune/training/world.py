@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
@@ -15,8 +15,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _resolve_process_group, _set_pg_timeout
 
 from lrdint_tune.attention.sequence_shard import SequenceShard
+from lrdint_tune.ending import in_time
 from lrdint_tune.errors import ConfigError
-from lrdint_tune.training.rendezvous import join, launched_as
+from lrdint_tune.training.rendezvous import cannot_talk, join, launched_as
 
 _T = TypeVar("_T")
 
@@ -143,7 +144,8 @@ def start_world(
 
     Args:
         check: called once the processes can talk, before the meshes are made of them.
-        init_timeout_seconds: for all processes to come and to connect to each other.
+        init_timeout_seconds: for all processes to come, and then for ``check`` and for all groups to connect; if that
+            takes longer the process ends as an UnreachableError would make it end.
         timeout_minutes: of a collective, afterwards.
 
     Raises:
@@ -159,16 +161,32 @@ def start_world(
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         join(backend, rank, world_size, timedelta(seconds=init_timeout_seconds))
-    if check is not None:
-        check(device)
-    world = make_world(device, shape)
+    # Messages between ranks begin here, with time limits that not every backend keeps; NCCL has none for connecting.
+    late = cannot_talk(f"no answer in {init_timeout_seconds:.0f} s", rank, world_size)
+    with in_time(init_timeout_seconds, late):
+        if check is not None:
+            check(device)
+        world = make_world(device, shape)
+        groups = [dist.group.WORLD, *world.mesh.get_all_groups()]
+        if world.context is not None:
+            groups.append(_resolve_process_group(world.context.group))
+        try:
+            _connect(groups, device)
+        except RuntimeError as error:
+            raise cannot_talk(str(error).splitlines()[0], rank, world_size) from None
     # Longer than any lost rank takes to be noticed: NCCL's own ten minutes would come before its name is known.
-    groups = [dist.group.WORLD, *world.mesh.get_all_groups()]
-    if world.context is not None:
-        groups.append(_resolve_process_group(world.context.group))
     for group in groups:
         _set_pg_timeout(timedelta(minutes=timeout_minutes), group)
     return world
+
+
+def _connect(groups: Sequence[dist.ProcessGroup | None], device: torch.device) -> None:
+    """NCCL connects the ranks of a group at its first collective, which would be somewhere in the first step."""
+    for group in groups:
+        if dist.get_world_size(group) > 1:
+            dist.all_reduce(torch.zeros(1, device=device), group=group)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def make_world(device: torch.device, shape: MeshShape) -> World:

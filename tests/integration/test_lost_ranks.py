@@ -5,14 +5,18 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
-from lrdint_tune.exit_codes import CRASH, LOST_RANK
+from lrdint_tune.errors import ConfigError
+from lrdint_tune.exit_codes import BAD_INPUT, CRASH, LOST_RANK
 from lrdint_tune.training.trainer import Trainer
 from tests.common.tiny_run import read_losses, write_run
 from tests.distributed.harness import Outcome, run_recipe
@@ -33,6 +37,8 @@ def disturb(method: str, how: str, *, step: int, rank: int | None, seconds: floa
                 time.sleep(seconds)
             elif how == "crash":
                 raise KeyError("made to crash")
+            elif how == "refuse":
+                raise ConfigError("made to refuse")
             else:
                 os.kill(os.getpid(), getattr(signal, how))
         return original(self, *args, **kwargs)
@@ -83,6 +89,38 @@ def test_a_hanging_rank(config: Path, tmp_path: Path) -> None:
     assert "while the others wait, last heard of in training, step 4" in said(outcome)
 
 
+def nccl_like() -> None:
+    """A collective's call returns at once; who reads its result first waits, in C, outside torch/distributed."""
+    all_reduce, pending = dist.all_reduce, []
+
+    def start(tensor: torch.Tensor, **where: Any) -> None:
+        if where:
+            all_reduce(tensor, **where)
+        else:
+            pending.append(all_reduce(tensor, async_op=True))
+
+    def read(original: Callable[[torch.Tensor], Any], tensor: torch.Tensor) -> Any:
+        while pending:
+            pending.pop().wait()
+        return original(tensor)
+
+    dist.all_reduce = start
+    for name in ("tolist", "item"):
+        original = getattr(torch.Tensor, name)
+        setattr(torch.Tensor, name, lambda tensor, original=original: read(original, tensor))
+
+
+def test_a_rank_that_hangs_while_the_others_wait_for_a_result(tmp_path: Path) -> None:
+    """It reads data, the others stand in the first read of the same step: only that one is late."""
+    prepare = [nccl_like, partial(disturb, "_take_batches", "sleep", step=4, rank=1, seconds=40)]
+    config = write_run(tmp_path, global_batch_size=2, train_timeout_seconds=3, dataset_val=None)
+    outcome = run_recipe(config, size=2, prepare=prepare, grace=8)
+    assert outcome.codes == [LOST_RANK, LOST_RANK], outcome.outputs
+    line = said(outcome)
+    assert line.startswith(f"error: rank 1 on {HOST}: no progress for"), line
+    assert "while the others wait, last heard of in training, step 5, at trainer.py:" in line
+
+
 def test_a_crashed_rank(config: Path, tmp_path: Path) -> None:
     """Only its own traceback is printed; the other rank names it and ends with the same code."""
     outcome = lost(config, tmp_path, "crash")
@@ -92,10 +130,36 @@ def test_a_crashed_rank(config: Path, tmp_path: Path) -> None:
     assert "Traceback" not in outcome.outputs[0]
 
 
+def test_what_only_one_rank_refuses(config: Path, tmp_path: Path) -> None:
+    """It is not the one that speaks for its machine, but its reason is told."""
+    outcome = lost(config, tmp_path, "refuse")
+    assert outcome.codes == [BAD_INPUT, BAD_INPUT], outcome.outputs
+    assert said(outcome) == f"error: made to refuse (rank 1 on {HOST})"
+
+
+def hang_at_the_end() -> None:
+    """As the end of the process group does on NCCL while others are in a collective, and a save to a lost disk."""
+    original = dist.destroy_process_group
+
+    def destroy(group: dist.ProcessGroup | None = None) -> None:
+        original(group) if group is not None else time.sleep(1000)
+
+    dist.destroy_process_group = destroy
+    ThreadPoolExecutor().submit(time.sleep, 1000)
+
+
+@pytest.mark.parametrize(("how", "code", "line"), [("crash", CRASH, "KeyError"), ("refuse", BAD_INPUT, "error: made")])
+def test_a_failure_waits_for_nothing(config: Path, tmp_path: Path, how: str, code: int, line: str) -> None:
+    prepare = [hang_at_the_end, partial(disturb, "_train_step", how, step=2, rank=None)]
+    outcome = run_recipe(config, f"output_dir={tmp_path}", prepare=prepare, timeout=30)
+    assert outcome.codes == [code], outcome.outputs
+    assert line in outcome.outputs[0]
+
+
 @pytest.mark.slow
 def test_what_takes_long_is_no_hang(config: Path, finished: Path, tmp_path: Path) -> None:
     """Loading, the first step (compiled code), a save and the export, each longer than the timeout on one rank."""
-    places = [("_load_model", 0), ("_loss", 0), ("save", 3), ("export", 8)]
+    places = [("_load_model", 0), ("_take_batches", 0), ("save", 3), ("export", 8)]
     prepare = [partial(disturb, method, "sleep", step=step, rank=1, seconds=3) for method, step in places]
     overrides = (f"output_dir={tmp_path}", "train_timeout_seconds=3")
     outcome = run_recipe(config, *overrides, size=2, prepare=prepare, timeout=120)

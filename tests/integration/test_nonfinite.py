@@ -13,43 +13,53 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import lrdint_tune.training.trainer as trainer_module
 from lrdint_tune.exit_codes import NONFINITE
-from lrdint_tune.training.data import Batch, BatchLoader
+from lrdint_tune.training.data import Batch
 from lrdint_tune.training.trainer import Trainer
 from tests.common.tiny_run import read_losses
 from tests.distributed.harness import run_recipe
 from tests.integration.runs import assert_one_curve, assert_same_losses, checkpoints, killed, tree, values
 
 
+def _change_losses(change: Callable[[Trainer, Batch, Tensor], Tensor]) -> None:
+    """Put ``change`` of each training loss in its place."""
+    train, summed_loss = Trainer.train, trainer_module.summed_loss
+
+    def changed(self: Trainer) -> None:
+        trainer_module.summed_loss = lambda model, loader, batch, device: change(
+            self, batch, summed_loss(model, loader, batch, device)
+        )
+        train(self)
+
+    Trainer.train = changed  # type: ignore[method-assign]
+
+
 def _bad_batch(step: int, rank: int, value: float) -> None:
     """Make the loss of the second micro-batch of ``rank`` (of its only one, with two ranks) ``value`` in the step after
     ``step``, and print its rows."""
-    original = Trainer._loss
     seen = [0]
 
-    def loss(self: Trainer, loader: BatchLoader, batch: Batch) -> Tensor:
-        result = original(self, loader, batch)
-        if torch.is_grad_enabled() and self.step == step and dist.get_rank() == rank:
+    def loss(self: Trainer, batch: Batch, result: Tensor) -> Tensor:
+        if self.step == step and dist.get_rank() == rank:
             seen[0] += 1
             if seen[0] == self.accumulation:
                 print("BAD ROWS", sorted(batch.row_ids), flush=True)
                 return result * value
         return result
 
-    Trainer._loss = loss  # type: ignore[method-assign]
+    _change_losses(loss)
 
 
 def _bad_gradient(step: int) -> None:
     """A finite loss whose gradient is infinite."""
-    original = Trainer._loss
 
-    def loss(self: Trainer, loader: BatchLoader, batch: Batch) -> Tensor:
-        result = original(self, loader, batch)
-        if self.step == step and result.requires_grad:
+    def loss(self: Trainer, batch: Batch, result: Tensor) -> Tensor:
+        if self.step == step:
             result.register_hook(lambda gradient: gradient * math.inf)
         return result
 
-    Trainer._loss = loss  # type: ignore[method-assign]
+    _change_losses(loss)
 
 
 def bad_rows(outputs: list[str]) -> str:

@@ -153,7 +153,7 @@ def test_codes_and_who_tells(
     monkeypatch.setenv("LOCAL_RANK", local_rank)
     ended_with = []
     waits: list[float] = []
-    monkeypatch.setattr("lrdint_tune.entry.time.sleep", waits.append)
+    monkeypatch.setattr("lrdint_tune.ending.time.sleep", waits.append)
 
     @recipe(at_end=lambda: ended_with.append(capsys.readouterr().err))
     def nonfinite(cfg: DictConfig) -> int:

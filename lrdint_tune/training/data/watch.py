@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from lrdint_tune.errors import DataLostError
+from lrdint_tune.training.pulse import agreed
 
 if TYPE_CHECKING:
     from lrdint_tune.training.data.loader import Batch
@@ -89,7 +90,7 @@ def together(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
             lost = error
         any_lost = torch.tensor(float(lost is not None), device=device)
         dist.all_reduce(any_lost)
-        if any_lost.item():
+        if agreed(any_lost):
             raise_everywhere(lost)
         if batch is None:
             return

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from lrdint_tune.exit_codes import LOST_RANK
 from lrdint_tune.training.heartbeat import Beat, Heartbeat
-from lrdint_tune.training.pulse import Pulse, main_thread
+from lrdint_tune.training.pulse import Pulse, Whereabouts, agreed, main_thread
 
 TIMEOUT = 60.0
 
@@ -80,20 +81,22 @@ def test_at_the_same_mark_the_one_outside_the_collective_is_late() -> None:
     assert "rank 2 on host-2: no progress" in str(watch.judge())
 
 
-def test_all_in_a_collective() -> None:
+@pytest.mark.parametrize("waiting", [True, False])
+def test_all_at_the_same_mark(waiting: bool) -> None:
+    """In a collective, or wherever CUDA holds up a host whose GPU is stuck."""
     watch = Watch()
     watch.later(58.5)
     for rank in range(3):
-        watch.hear(rank, 2, waiting=True)
-    assert "rank 0 on host-0, rank 1 on host-1, rank 2 on host-2: no progress for 58 s while all wait" in str(
-        watch.judge()
+        watch.hear(rank, 2, waiting=waiting, line=f"f.py:{min(rank, 1)} (f)")
+    assert watch.judge() == (
+        f"{LOST_RANK}: rank 0 on host-0, rank 1 on host-1, rank 2 on host-2: no progress for 58 s while all stand "
+        "there, last heard of in training, step 7, at f.py:0 (f) and f.py:1 (f)"
     )
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        pytest.param([{}, {}, {}], id="all compute for long"),
         pytest.param([{"waiting": True}, {"waiting": True}, {"watched": False, "marks": 39}], id="one loads or saves"),
         pytest.param([{"marks": 41}, {"marks": 41}, {"left": 0}], id="one has finished"),
     ],
@@ -134,3 +137,16 @@ def test_where_the_main_thread_is() -> None:
     place = main_thread()
     assert place.line.startswith("pulse.py:") and "(main_thread)" in place.line
     assert not place.waiting
+
+
+class Stuck:
+    """In place of a tensor that a collective of NCCL will fill: reading it waits, outside torch/distributed."""
+
+    def tolist(self) -> Whereabouts:
+        return main_thread()
+
+
+def test_reading_what_is_agreed_is_waiting() -> None:
+    place = agreed(Stuck())  # type: ignore[arg-type]
+    assert place.waiting
+    assert agreed(torch.tensor([1.0, 2.0])) == [1.0, 2.0]

@@ -110,6 +110,8 @@ def _disagreeing(cfg: TrainConfig, what: str) -> str:
         torch.__version__ = "2.12.1"  # type: ignore[assignment]
     if what == "sum":
         dist.all_reduce = _broken(dist.all_reduce)
+    if what == "refused":
+        dist.all_reduce = _refused
     with pytest.raises((ConfigError, UnreachableError)) as error:
         preflight(own, CPU)
     return f"{type(error.value).__name__} {error.value}"
@@ -120,6 +122,10 @@ def _broken(all_reduce: Any, tensor: torch.Tensor | None = None) -> Any:
         return partial(_broken, all_reduce)
     all_reduce(tensor)
     tensor += 1
+
+
+def _refused(tensor: torch.Tensor) -> None:
+    raise RuntimeError("NCCL error\na page of it")
 
 
 def test_processes_that_agree(tmp_path: Path) -> None:
@@ -137,6 +143,7 @@ def test_processes_that_agree(tmp_path: Path) -> None:
         ("source", "ConfigError source of lrdint_tune: differs between processes: "),
         ("torch", "ConfigError torch: differs between processes: 2.13."),
         ("sum", "UnreachableError the all-reduce over 2 cpu processes gave 4 instead of 3 on rank "),
+        ("refused", "UnreachableError the 2 processes met at None:None, but rank "),
     ],
 )
 def test_processes_that_do_not(tmp_path: Path, what: str, message: str) -> None:

@@ -2,6 +2,7 @@
 
 import socket
 import threading
+import time
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from lrdint_tune.errors import ConfigError, UnreachableError
+from lrdint_tune.exit_codes import LOST_RANK
 from lrdint_tune.training.rendezvous import fresh_store
 from lrdint_tune.training.world import end_world, resolve_device, start_world
 from tests.distributed.harness import run_ranks, start_ranks
@@ -163,6 +165,25 @@ def _two(replicate: int) -> tuple[str, str, tuple[int, ...]]:
 def test_mesh_of_two_and_what_rank_0_does_for_all() -> None:
     assert run_ranks(_two, 2, 1) == [("by rank 0", "no such thing", (1, 2, 1))] * 2
     assert run_ranks(_two, 2, 2) == [("by rank 0", "no such thing", (2, 1, 1))] * 2
+
+
+def _silent(device: torch.device) -> None:
+    """Rank 0 waits for an answer, as in NCCL's connecting without any limit; rank 1 does not come."""
+    if dist.get_rank() == 1:
+        time.sleep(1000)
+    dist.all_reduce(torch.zeros(1))
+
+
+def _start_silent() -> None:
+    start_world("cpu", _silent, replicate=1, shard=-1, init_timeout_seconds=1)
+
+
+def test_the_first_messages_have_a_time_limit() -> None:
+    outcome = start_ranks(_start_silent, 2, timeout=30, grace=10)
+    assert outcome.codes == [LOST_RANK, LOST_RANK]
+    assert [line for line in outcome.lines if line] == outcome.errors
+    assert "but rank 0 on" in outcome.errors[0] and "(no answer in 1 s); set GLOO_SOCKET_IFNAME" in outcome.errors[0]
+    assert outcome.outputs[1] == ""
 
 
 def test_device(monkeypatch: pytest.MonkeyPatch) -> None:
