@@ -49,7 +49,7 @@ def recipe_main(cfg: DictConfig) -> int:
         code = DONE
     except Stopped as stop:
         code = stop.exit_code
-    except Exception as error:
+    except (Exception, CheckpointException) as error:  # torch derives the second from BaseException
         if isinstance(error, RuntimeError | CheckpointException):
             heartbeat.blame_others()
         interruption.ignore()
@@ -61,7 +61,7 @@ def recipe_main(cfg: DictConfig) -> int:
     return code
 
 
-def _fail(error: Exception, heartbeat: Heartbeat) -> NoReturn:
+def _fail(error: BaseException, heartbeat: Heartbeat) -> NoReturn:
     """End, without the others: they may be inside a collective that this rank does not join."""
     if isinstance(error, ReportedError):
         heartbeat.leave(error.exit_code, "" if tells() else str(error))
