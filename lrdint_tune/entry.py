@@ -60,7 +60,10 @@ class _AboveTheBar(logging.StreamHandler):
     """Each message on a line of its own, also while a progress bar is drawn."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=self.stream)
+        try:
+            tqdm.write(self.format(record), file=self.stream)
+        except (OSError, ValueError):  # nobody reads it any more: no reason to end a run
+            self.handleError(record)
 
 
 def read_config(arguments: Sequence[str], description: str | None = None) -> DictConfig:

@@ -180,6 +180,7 @@ def test_slurm_job_is_signalled_queued_again_and_finishes(slurm: dict[str, str],
         _until(lambda: "queueing job" in _text(log), log)
         # Its first end, reported late, would count as the second's.
         _until(lambda: _state(number, slurm) == "PENDING" and not _has_steps(number), log)
+        time.sleep(5)  # slurmd reports that end when its process is gone
         # Slurm lets a job that is queued again wait for two minutes.
         subprocess.run(["scontrol", "update", f"JobId={number}", "StartTime=now"], env=slurm, check=True)
         _until(lambda: _state(number, slurm) in ("COMPLETED", "FAILED"), log)

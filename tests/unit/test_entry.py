@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import logging
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig
 
-from lrdint_tune.entry import read_config, recipe
+from lrdint_tune.entry import _AboveTheBar, read_config, recipe
 from lrdint_tune.errors import ConfigError
 from lrdint_tune.exit_codes import BAD_INPUT, NONFINITE
 from lrdint_tune.training.nonfinite import NonFiniteLossError
@@ -164,6 +165,13 @@ def test_codes_and_who_tells(
     assert ended.value.code == NONFINITE
     assert ended_with == ["error: a is 1\n" if told else ""]  # told before anything is taken down
     assert waits == ([] if told else [1.0])  # and before the launcher hears of another rank
+
+
+def test_a_log_that_nobody_reads_ends_nothing() -> None:
+    stream = io.StringIO()
+    handler = _AboveTheBar(stream)
+    stream.close()
+    handler.handle(logging.makeLogRecord({"msg": "lost"}))
 
 
 def test_a_bug_keeps_its_traceback(file: Path, root_logger: None, monkeypatch: pytest.MonkeyPatch) -> None:
