@@ -33,6 +33,8 @@ def disturb(method: str, how: str, *, step: int, rank: int | None, seconds: floa
 
     def disturbed(self: Trainer, *args: Any, **kwargs: Any) -> Any:
         if getattr(self, "step", 0) == step and rank in (None, dist.get_rank()):
+            if hasattr(self, "checkpoints") and self.checkpoints._pending is not None:
+                self.checkpoints._pending.upload.result()  # no save is under way
             if how == "sleep":
                 time.sleep(seconds)
             elif how == "crash":
