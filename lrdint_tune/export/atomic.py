@@ -45,8 +45,8 @@ def replace_folder(new: Path, final: Path) -> None:
     """
     for folder, _, names in os.walk(new):
         for name in names:
-            _flush(Path(folder, name))
-        _flush(Path(folder))
+            flush(Path(folder, name))
+        flush(Path(folder))
     if not final.exists():
         os.replace(new, final)
     elif _exchange(new, final):
@@ -56,7 +56,7 @@ def replace_folder(new: Path, final: Path) -> None:
         os.replace(final, previous)
         os.replace(new, final)
         shutil.rmtree(previous)
-    _flush(final.parent)
+    flush(final.parent)
 
 
 def _previous(final: Path) -> Path:
@@ -79,7 +79,8 @@ def _exchange(a: Path, b: Path) -> bool:
     return bool(renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Have the content of a file, or the names in a folder, on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from lrdint_tune.errors import UnreachableError
 from lrdint_tune.exit_codes import LOST_RANK
 from lrdint_tune.training.pulse import Pulse, main_thread
+from lrdint_tune.training.rendezvous import store_address
 
 BEAT_SECONDS = 1.0  # at most; a tenth of the timeout if that is less
 _HURRY_BEATS = 4
@@ -203,8 +204,7 @@ class Heartbeat:
                 self._end(LOST_RANK, f"{launcher} is dead (process {self._launcher})")
             silent = self._awake - self._answered
             if self._store is not None and silent > self._limit:
-                where = f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
-                line = f"the store at {where} has not answered for {silent:.0f} s"
+                line = f"the store at {store_address()} has not answered for {silent:.0f} s"
                 known = self.rank and 0 in self._seen
                 self._end(LOST_RANK, f"lost {self._name(0)}: {line}, {self._last(0)}" if known else line)
 

@@ -75,14 +75,14 @@ def at_rename() -> None:
 
 def at_flush() -> None:
     """After the rename."""
-    original = folder_module.sync_folder
+    original = folder_module.flush
 
     def sync(path: Path) -> None:
         if (path / "step-6").exists():
             _die()
         original(path)
 
-    folder_module.sync_folder = sync
+    folder_module.flush = sync
 
 
 def at_pruning() -> None:

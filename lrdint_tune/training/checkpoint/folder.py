@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lrdint_tune.errors import ConfigError
-from lrdint_tune.training.checkpoint.storage import sync_folder
+from lrdint_tune.export.atomic import flush
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ class CheckpointFolder:
     def publish(self, step: int) -> None:
         """Give the written checkpoint its name, then remove the oldest; the new one stands whether or not these go."""
         os.rename(self.partial(step), self.of(step))
-        sync_folder(self.path)
+        flush(self.path)
         for old_step in self.steps()[: -self.keep_last_n]:
             # Under this name a half-removed one is not taken for complete, and recover() removes the rest.
             doomed = self.partial(old_step)
