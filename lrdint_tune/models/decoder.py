@@ -17,7 +17,7 @@ from lrdint_tune.attention.calibration import calibrate
 from lrdint_tune.attention.layout import MaskType
 from lrdint_tune.attention.sequence_shard import SequenceShard
 from lrdint_tune.errors import ConfigError
-from lrdint_tune.models.loss import summed_cross_entropy
+from lrdint_tune.models.loss import summed_cross_entropy, token_cross_entropy
 from lrdint_tune.models.spec import ModelSpec
 from lrdint_tune.models.tensor_shard import TensorShard, whole
 
@@ -63,7 +63,13 @@ class LlamaDecoder(TransformerDecoder):
         self._spec = dataclasses.replace(self._spec, adapters=after)
 
     def forward(
-        self, tokens: Tensor, *, mask: MaskType = None, input_pos: Tensor | None = None, labels: Tensor | None = None
+        self,
+        tokens: Tensor,
+        *,
+        mask: MaskType = None,
+        input_pos: Tensor | None = None,
+        labels: Tensor | None = None,
+        per_token: bool = False,
     ) -> Any:
         """
         Args:
@@ -72,19 +78,23 @@ class LlamaDecoder(TransformerDecoder):
             input_pos: int64 ``[B, N]`` or ``[N]``; restarts at 0 with each packed document.
             labels: int64 ``[B, N]``, already shifted (``labels[i]`` is what position ``i`` must predict); -100 is
                 ignored.
+            per_token: with ``labels``, return each token's loss instead of their sum; there is no gradient.
 
         Returns:
             Without labels the logits, float32 ``[B, N, vocab]`` (torchtune's lists, if output chunks or hidden states
             were asked for). With labels the SUM of the token losses in nats, a float32 scalar, computed chunk by chunk
-            so that ``[tokens, vocab]`` never exists whole.
+            so that ``[tokens, vocab]`` never exists whole. With ``per_token`` the losses ``[B, N]`` and whether the
+            label is the most likely token, bool ``[B, N]``, see :func:`~lrdint_tune.models.loss.token_cross_entropy`.
 
         With a ``sequence_shard`` all arguments and the logits are still those of the whole sequence, but the loss is
         that of this process's rows.
 
         Raises:
-            ValueError: too long an input, one that ``sequence_shard`` does not divide, or a mask or positions that do
-                not fit.
+            ValueError: too long an input, one that ``sequence_shard`` does not divide, a mask or positions that do not
+                fit, or ``per_token`` where processes share a sequence or a layer.
         """
+        if per_token and (self.sequence_shard is not None or self.tensor_shard is not None):
+            raise ValueError("per_token=True: not there under context or tensor parallelism; evaluate without them")
         self._validate_inputs(tokens.shape[1], mask=cast(Any, mask), input_pos=input_pos)
         offset = self.attention(0).kv_cache.size if self.caches_are_enabled() else 0  # type: ignore[union-attr]
         # Built once: the layers share what is derived from it.
@@ -113,6 +123,8 @@ class LlamaDecoder(TransformerDecoder):
                 logits = F.linear(h, self.output_weight)
                 logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             return [*hidden, logits] if hidden else logits
+        if per_token:
+            return token_cross_entropy(h, self.output_weight, labels)
         if self.tensor_shard is None:
             return summed_cross_entropy(h, self.output_weight, labels)
         # Each process has all hidden states and the whole head: it takes some of the tokens.

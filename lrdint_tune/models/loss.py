@@ -32,6 +32,33 @@ def summed_cross_entropy(h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return _SummedCrossEntropy.apply(h.flatten(0, 1), weight, labels.flatten(), torch.is_grad_enabled())
 
 
+@torch.no_grad()
+def token_cross_entropy(h: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """``-log softmax(h_i W^T)[labels_i]`` of each labelled position, for evaluation; others cost nothing.
+
+    Args:
+        h: ``[B, N, D]``.
+        weight: ``[vocab, D]``, of ``h``'s dtype.
+        labels: int64 ``[B, N]``, -100 ignored.
+
+    Returns:
+        The losses ``[B, N]`` in nats, float32 (float64 for float64 ``h``), and whether the label is the most likely
+        token, bool ``[B, N]``; 0 and False where there is no label.
+    """
+    wide = torch.promote_types(h.dtype, torch.float32)
+    where = (labels != IGNORE_INDEX).flatten().nonzero().squeeze(1)
+    x, y = h.flatten(0, 1)[where], labels.flatten()[where]
+    losses = torch.zeros(labels.numel(), dtype=wide, device=h.device)
+    most_likely = torch.zeros(labels.numel(), dtype=torch.bool, device=h.device)
+    rows = max(1, _CHUNK_ELEMENTS // weight.shape[0])
+    for begin in range(0, len(where), rows):
+        part = slice(begin, begin + rows)
+        logits = (x[part] @ weight.T).to(wide)
+        losses[where[part]] = logits.logsumexp(-1) - logits.gather(1, y[part, None]).squeeze(1)
+        most_likely[where[part]] = logits.argmax(-1) == y[part]
+    return losses.view_as(labels), most_likely.view_as(labels)
+
+
 class _SummedCrossEntropy(torch.autograd.Function):
     """Computes the gradients along with the loss, chunk by chunk: the logits are needed once and no chunk is
     recomputed."""

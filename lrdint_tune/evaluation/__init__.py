@@ -1,0 +1,1 @@
+"""What a trained model is worth: losses, the leak, tasks, attention maps, and how sure the numbers are."""
