@@ -1,4 +1,4 @@
-"""stories260K: a real pretrained Llama of 260,032 parameters that runs in milliseconds (test data, not shipped)."""
+"""stories260K: a real pretrained Llama of 260,032 parameters that runs in milliseconds (its files are not shipped)."""
 
 import struct
 from pathlib import Path
