@@ -193,8 +193,8 @@ def plan_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
 
 
 def _padded(rows: Rows) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Tokens and labels ``[B, N]``, and the mask: None where nothing is padded, else bool ``[B, N, N]`` in which padding
-    sees nothing and is seen by nothing."""
+    """Tokens and labels ``[B, N]``, and the mask: None where nothing is padded, else bool ``[B, N, N]`` in which
+    padding sees nothing and is seen by nothing."""
     lengths = torch.tensor([len(tokens) for tokens, _ in rows])
     tokens, labels = (torch.nn.utils.rnn.pad_sequence(list(part), batch_first=True) for part in zip(*rows, strict=True))
     n = tokens.shape[1]

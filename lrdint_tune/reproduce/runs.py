@@ -81,11 +81,13 @@ class Preset:
 
     Attributes:
         config: the recipe's keys.
+        held_out: dataset section of what a finished run is measured on.
         forgetting: name -> dataset section of other data, whose loss should not rise.
     """
 
     name: str
     config: dict[str, Any]
+    held_out: dict[str, Any]
     forgetting: dict[str, dict[str, Any]]
 
 
@@ -156,21 +158,21 @@ def load_preset(name: str, experiment: str, work: Path) -> Preset:
     file = PRESETS / f"{name}.yaml"
     if not file.is_file():
         raise ConfigError(f"--preset {name}: unknown; choose from {', '.join(sorted(_preset_names()))}")
-    loaded = OmegaConf.load(file)
+    loaded: Any = OmegaConf.load(file)
     loaded["work_dir"] = str(work)
     values = OmegaConf.to_container(loaded, resolve=True)
     assert isinstance(values, dict)
     if experiment not in values["experiments"]:
         raise ConfigError(f"--preset {name}: has no settings for {experiment}; choose another preset")
     config = {**values["config"], **values["experiments"][experiment]}
-    return Preset(name, config, values["forgetting"])
+    return Preset(name, config, config.get("dataset_val") or values["held_out"], values["forgetting"])
 
 
 def run_config(
     preset: Preset, experiment: str, run: Run, seed: int, work: Path, overrides: Iterable[str] = ()
 ) -> dict[str, Any]:
     """The recipe's config of one run."""
-    config = OmegaConf.create(preset.config)
+    config: Any = OmegaConf.create(preset.config)
     for key, value in run.changes.items():
         OmegaConf.update(config, key, value, merge=False)
     config["seed"] = seed
@@ -199,9 +201,8 @@ def _one(experiment: Experiment, preset: Preset, cfg: TrainConfig, world: World)
     tqdm.monitor_interval = 0
     trainer.train()
     curves = read_curves(trainer)
-    held_out = documents(trainer, "dataset_val", cfg.dataset_val or {})
     outcome = {
-        "held_out": held_out,
+        "held_out": documents(trainer, "held_out", preset.held_out),
         "forgetting": {name: documents(trainer, name, section) for name, section in preset.forgetting.items()},
         "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "new_parameters": sum(p.numel() for p in trainer.model.adapter_parameters().values()),

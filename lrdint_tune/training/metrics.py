@@ -10,6 +10,7 @@ import os
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.summary.writer.record_writer import RecordWriter
@@ -84,10 +85,10 @@ class TensorBoardLogger:
         for line in self._recorded():
             for tag, value in line.items():
                 if tag != "step":
-                    found.setdefault(tag, []).append((line["step"], value))
+                    found.setdefault(tag, []).append((int(line["step"]), value))
         return found
 
-    def _recorded(self) -> list[dict[str, float]]:
+    def _recorded(self) -> list[dict[str, Any]]:
         written = self._file.read_bytes() if self._file.is_file() else b""
         return [json.loads(line) for line in (written + self._lines).splitlines()]
 

@@ -445,7 +445,7 @@ class Trainer:
         assert self.loader_val is not None and self.cfg.prefix_wise_positions is not None
         self.pulse.enter("prefix-wise validation", self.step, watch=True)
         self.model.enable_diagnostics(False)
-        values = {}
+        values: dict[str, float] = {}
         for group, loader in (("validation_metrics", self.loader_val), ("training_rows", self.loader)):
             leak = measure_leak(
                 self.model,
