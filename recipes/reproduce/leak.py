@@ -18,8 +18,8 @@ VARIANTS = {
     "dint": {"model.method": "dint"},
     "literal": {"model.method": "dint", "model.integral": "sequence", "model.allow_future_leak": True},
 }
-# By preset: tokens a step, steps, positions predicted from their prefix alone (of the literal form, of the others, which
-# have no difference to show); what is missing is as for stories260k.
+# By preset: tokens a step, steps, and positions that are predicted from their prefix alone (of the literal form; of the
+# others, which have no difference to show). What is missing is as for stories260k.
 TOKENS_PER_STEP = {"smollm2_135m": 256}
 STEPS = {"smollm2_135m": {64: 150, 256: 75}}
 POSITIONS = {"letters": (512, 128), "smollm2_135m": (128, 32)}
