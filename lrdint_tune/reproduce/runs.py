@@ -142,7 +142,7 @@ def run_experiment(experiment: Experiment, options: argparse.Namespace) -> None:
             if world.is_main:
                 results.mkdir(parents=True, exist_ok=True)
                 record = {"experiment": experiment.name, "preset": options.preset, "run": run.name, "seed": seed}
-                _write_json(file, {**record, **outcome})
+                write_json(file, {**record, **outcome})
                 log.info("%s: held-out NLL %.4f", file, outcome["held_out"]["mean"])
                 if not run.keep:
                     shutil.rmtree(cfg.output_dir, ignore_errors=True)
@@ -155,10 +155,7 @@ def load_preset(name: str, experiment: str, work: Path) -> Preset:
     Raises:
         ConfigError: there is no such preset, or it is not made for the experiment.
     """
-    file = PRESETS / f"{name}.yaml"
-    if not file.is_file():
-        raise ConfigError(f"--preset {name}: unknown; choose from {', '.join(sorted(_preset_names()))}")
-    loaded: Any = OmegaConf.load(file)
+    loaded = _preset_values(name)
     loaded["work_dir"] = str(work)
     values = OmegaConf.to_container(loaded, resolve=True)
     assert isinstance(values, dict)
@@ -185,11 +182,11 @@ def run_config(
 
 def _start(options: argparse.Namespace, cfg: TrainConfig, work: Path) -> World:
     """Materials first, on the first process of a host that shares them; then the process group."""
-    values: Any = OmegaConf.load(PRESETS / f"{options.preset}.yaml")
     if int(os.environ.get("RANK", "0")) == 0:
-        prepare(values["prepare"], options.data_dir, work / "materials")
-    if "max_threads" in values:
-        torch.set_num_threads(values["max_threads"])
+        prepare(_preset_values(options.preset)["prepare"], options.data_dir, work / "materials")
+    threads = preset_threads(options.preset)
+    if threads:
+        torch.set_num_threads(threads)
     return start_world(cfg.device, partial(preflight, cfg), **cfg.mesh_dims)
 
 
@@ -245,7 +242,8 @@ def versions() -> dict[str, str]:
     }
 
 
-def _write_json(file: Path, record: dict[str, Any]) -> None:
+def write_json(file: Path, record: dict[str, Any]) -> None:
+    """Complete or not at all, numbers to ``RESULT_DIGITS`` digits."""
     partial_file = file.with_suffix(".partial")
     partial_file.write_text(json.dumps(_rounded(record)) + "\n")
     os.replace(partial_file, file)
@@ -259,6 +257,18 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_rounded(item) for item in value]
     return value
+
+
+def preset_threads(name: str) -> int | None:
+    """How many threads torch should take with a preset; None: as many as it likes."""
+    return _preset_values(name).get("max_threads")
+
+
+def _preset_values(name: str) -> Any:
+    file = PRESETS / f"{name}.yaml"
+    if not file.is_file():
+        raise ConfigError(f"--preset {name}: unknown; choose from {', '.join(sorted(_preset_names()))}")
+    return OmegaConf.load(file)
 
 
 def _preset_names() -> list[str]:
