@@ -143,6 +143,7 @@ class TrainConfig(RunConfig):
     save_timeout_seconds: int = 3600
     resume: str = "auto"
     run_val_every_n_steps: int | None = None
+    prefix_wise_positions: int | None = None
     peak_tflops: float | None = None
     profiler: Section | None = None
 
@@ -177,6 +178,7 @@ class TrainConfig(RunConfig):
             "save_timeout_seconds",
             "keep_last_n_checkpoints",
             "run_val_every_n_steps",
+            "prefix_wise_positions",
             "data_parallel_replicate_dim",
             "tensor_parallel_dim",
             "context_parallel_dim",
@@ -194,9 +196,13 @@ class TrainConfig(RunConfig):
         for group in self.trainable:
             check_choice("trainable", group, self.groups)
         check_precision_keys(self)
-        if self.run_val_every_n_steps and self.dataset_val is None:
+        for key in ("run_val_every_n_steps", "prefix_wise_positions"):
+            if getattr(self, key) and self.dataset_val is None:
+                raise ConfigError(f"{key}={getattr(self, key)}: there is no dataset_val; add that section")
+        if self.prefix_wise_positions and self.context_parallel_dim * self.tensor_parallel_dim > 1:
             raise ConfigError(
-                f"run_val_every_n_steps={self.run_val_every_n_steps}: there is no dataset_val; add that section"
+                f"prefix_wise_positions={self.prefix_wise_positions}: is not there for context_parallel_dim or "
+                "tensor_parallel_dim > 1; measure the leak with data parallelism alone"
             )
         if self.peak_tflops is not None and not 0 < self.peak_tflops < math.inf:
             raise ConfigError(f"peak_tflops={self.peak_tflops:g}: must be positive; leave it out if it is not known")

@@ -11,6 +11,7 @@ import os
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,9 +93,20 @@ class TensorBoardLogger:
 
     def history(self, tag: str) -> list[tuple[int, float]]:
         """``(step, value)`` of everything recorded under ``tag``, earlier parts of a resumed run included."""
+        return [(line["step"], line[tag]) for line in self._recorded() if tag in line]
+
+    def histories(self) -> dict[str, list[tuple[int, float]]]:
+        """:meth:`history` of every tag."""
+        found: dict[str, list[tuple[int, float]]] = {}
+        for line in self._recorded():
+            for tag, value in line.items():
+                if tag != "step":
+                    found.setdefault(tag, []).append((int(line["step"]), value))
+        return found
+
+    def _recorded(self) -> list[dict[str, Any]]:
         written = self._file.read_bytes() if self._file.is_file() else b""
-        lines = [json.loads(line) for line in (written + self._lines).splitlines()]
-        return [(line["step"], line[tag]) for line in lines if tag in line]
+        return [json.loads(line) for line in (written + self._lines).splitlines()]
 
     def log_text(self, tag: str, content: str) -> None:
         """Show ``content``, Markdown."""

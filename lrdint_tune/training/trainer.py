@@ -19,6 +19,7 @@ from torch.profiler import record_function
 from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
 
 from lrdint_tune.errors import ConfigError, DataLostError
+from lrdint_tune.evaluation.nll import measure_leak
 from lrdint_tune.models.decoder import LlamaDecoder, is_method_tensor
 from lrdint_tune.models.hf import check_hf_config, weights_digest
 from lrdint_tune.training import startup
@@ -431,9 +432,37 @@ class Trainer:
 
     def _record_validation(self, recorder: TensorBoardLogger | None, progress: Progress) -> None:
         nll = self.validate()
-        progress.message(f"step {self.step}: held-out NLL {nll:.4f} nats per token")
+        values = {"validation_metrics/loss": nll}
+        message = f"step {self.step}: held-out NLL {nll:.4f} nats per token"
+        if self.cfg.prefix_wise_positions:
+            values |= self.leak_values()
+            message += f", {values['validation_metrics/leak']:+.4f} when predicted from prefixes alone"
+        progress.message(message)
         if recorder is not None:
-            recorder.log({"validation_metrics/loss": nll}, self.step)
+            recorder.log(values, self.step)
+
+    def leak_values(self) -> dict[str, float]:
+        """``prefix_wise_positions`` positions of held-out and of training rows, predicted from their prefixes alone:
+        NLL so, the teacher-forced NLL of the same, and their difference (the leak) with its standard error."""
+        assert self.loader_val is not None and self.cfg.prefix_wise_positions is not None
+        self.pulse.enter("prefix-wise validation", self.step, watch=True)
+        self.model.enable_diagnostics(False)
+        values: dict[str, float] = {}
+        for group, loader in (("validation_metrics", self.loader_val), ("training_rows", self.loader)):
+            leak = measure_leak(
+                self.model,
+                loader.dataset.documents(),
+                positions=self.cfg.prefix_wise_positions,
+                device=self.world.device,
+                between=self._between_validation_batches,
+            )
+            values |= {
+                f"{group}/prefix_wise_loss": leak.prefix_wise.mean,
+                f"{group}/teacher_forced_loss": leak.teacher_forced.mean,
+                f"{group}/leak": leak.gap.mean,
+                f"{group}/leak_stderr": leak.gap.stderr,
+            }
+        return values
 
     def _open_recorder(self) -> TensorBoardLogger | None:
         if not self.world.is_main:

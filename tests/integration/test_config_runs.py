@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from lrdint_tune.export import save_hf_folder
-from tests.common.stories260k import MODEL_FILE, ROPE_BASE, TOKENIZER_FILE, read_stories260k, stories260k
+from lrdint_tune.reproduce.stories260k import MODEL_FILE, ROPE_BASE, TOKENIZER_FILE, read_stories260k, stories260k
 from tests.common.tiny_run import SIZES, read_losses, write_model
 from tests.conftest import shared_data_folder
 from tests.distributed.harness import run_recipe

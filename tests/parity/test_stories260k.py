@@ -9,7 +9,7 @@ import sentencepiece
 import torch
 
 from lrdint_tune.models.decoder import LlamaDecoder
-from tests.common.stories260k import TOKENIZER_FILE, greedy_sample, stories260k
+from lrdint_tune.reproduce.stories260k import TOKENIZER_FILE, greedy_sample, stories260k
 
 NEW_TOKENS = 256  # the whole printed sample
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import datasets as hf_datasets
@@ -169,6 +170,26 @@ class TokenisedDataset:
             raise IndexError(index)
         tokens, labels = self.arrays(index)
         return {"tokens": torch.from_numpy(tokens), "labels": torch.from_numpy(labels)}
+
+    def documents(self) -> "Documents":
+        """The same examples as the pairs that ``lrdint_tune.evaluation.nll`` takes."""
+        return Documents(self)
+
+
+class Documents(Sequence[tuple[Tensor, Tensor]]):
+    """The examples of a dataset as ``(tokens, labels)``, read when they are asked for."""
+
+    def __init__(self, dataset: TokenisedDataset) -> None:
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        example = self._dataset[index]
+        return example["tokens"], example["labels"]
 
 
 def sft_dataset(

@@ -1,4 +1,4 @@
-"""stories260K: a real pretrained Llama of 260,032 parameters that runs in milliseconds (test data, not shipped)."""
+"""stories260K: a real pretrained Llama of 260,032 parameters that runs in milliseconds (its files are not shipped)."""
 
 import struct
 from pathlib import Path
@@ -64,10 +64,9 @@ def read_stories260k(path: Path) -> tuple[dict[str, int], dict[str, Tensor]]:
 
 def stories260k(shared_data: Path, **options: Any) -> LlamaDecoder:
     """The pretrained model with any method on top (`method=`, `rank=`, ...); new tensors keep their random start."""
-    arguments, state = read_stories260k(shared_data / MODEL_FILE)
-    model = llama3_2(
-        **arguments, rope_base=ROPE_BASE, norm_eps=1e-5, scale_factor=1, tie_word_embeddings=True, **options
-    )
+    sizes, state = read_stories260k(shared_data / MODEL_FILE)
+    arguments: dict[str, Any] = {**sizes, **options}
+    model = llama3_2(**arguments, rope_base=ROPE_BASE, norm_eps=1e-5, scale_factor=1, tie_word_embeddings=True)
     missing, unexpected = model.load_state_dict(state, strict=False)
     new = set(model.adapter_parameters()) | {name for name, _ in model.named_buffers()}
     assert not unexpected and set(missing) <= new, (missing, unexpected)
