@@ -28,7 +28,7 @@ from urllib.parse import quote
 # Tab -> what follows TensorBoard's address, and the page's width and height in pixels.
 TABS = {
     "scalars": ("?smoothing=0&tagFilter={tags}#timeseries", 1500, 1000),
-    "custom_scalars": ("#custom_scalars&_smoothingWeight=0", 1500, 1500),
+    "custom_scalars": ("#custom_scalars&_smoothingWeight=0", 1500, 1580),
     "hparams": ("#hparams", 1900, 600),
     "images": ("#images", 1500, 1000),
     "histograms": ("#histograms", 1500, 850),
@@ -156,7 +156,7 @@ def main() -> None:
     parser.add_argument("--logdir", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--out", type=Path, required=True, help="folder of the pictures")
     parser.add_argument("--tabs", nargs="+", choices=TABS, default=list(TABS))
-    parser.add_argument("--tags", default="global_avg_loss|validation|lambda_mean", help="which scalars are shown")
+    parser.add_argument("--tags", default="global_avg_loss|/loss$|/leak$|tokens_per", help="which scalars are shown")
     args = parser.parse_args()
     program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if program is None:

@@ -18,10 +18,10 @@ NUMBERS = ("rank", "lr", "lam_lr", "lam_init", "anneal_steps", "seed", "max_seq_
 TEXTS = ("method", "trainable", "adapters", "checkpoint_dir", "dtype")
 RESULTS = {
     "validation_metrics/loss": "held-out NLL",
+    "loss_metrics/global_avg_loss": "training loss",
     "validation_metrics/prefix_wise_loss": "held-out NLL, prefix-wise",
     "validation_metrics/leak": "leak",
-    "loss_metrics/global_avg_loss": "training loss",
-    "throughput(tps)": "tokens/s",
+    "throughput/tokens_per_second": "tokens/s",
 }
 
 

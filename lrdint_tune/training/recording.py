@@ -7,7 +7,7 @@ import logging
 
 from omegaconf import OmegaConf
 
-from lrdint_tune.training.charts import layout_summary
+from lrdint_tune.training.charts import charts_of, layout_summary
 from lrdint_tune.training.config import RunConfig
 from lrdint_tune.training.hparams import end_summary, start_summary, table_summary
 from lrdint_tune.training.metrics import TensorBoardLogger
@@ -39,7 +39,7 @@ def start_record(
     recorder.log_text("parameters", f"```\n{parameters}\n```")
     recorder.log_summary(table_summary())
     recorder.log_summary(start_summary(hparams))
-    recorder.log_summary(layout_summary(method=str(hparams["method"])))
+    recorder.log_summary(layout_summary(charts_of(cfg)))
     if counts:
         recorder.log(counts, resumed_step)
 

@@ -1,5 +1,6 @@
 """What TensorBoard's own server code makes of a record: names of runs, hyperparameters, charts, texts."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -20,6 +21,7 @@ from tensorboard.plugins.hparams.list_session_groups import Handler
 from tensorboard.plugins.scalar.scalars_plugin import ScalarsPlugin
 
 from lrdint_tune.attention import METHODS, method_options
+from lrdint_tune.training.charts import CHARTS, charts_of
 from lrdint_tune.training.components import build_recorder
 from lrdint_tune.training.config import load_config
 from lrdint_tune.training.hparams import columns, hyperparameters
@@ -137,7 +139,7 @@ def test_adapters_are_named(tmp_path: Path) -> None:
 
 
 def test_charts_hold_what_belongs_together(tmp_path: Path) -> None:
-    tags = ["lambda_mean/layers.0", "lambda_mean/layers.11", "lambda_min/layers.0", "throughput(tps)", "tflops"]
+    tags = ["lambda_mean/layers.0", "lambda_mean/layers.11", "lambda_min/layers.0", "tflops", "tflops_causal"]
     for name, method in (("a", "none"), ("b", "dint"), ("c", "dint")):
         start(tmp_path / name, method).log(dict.fromkeys([*tags, "validation_metrics/loss"], 1.0), 1)
     board = Board(tmp_path)
@@ -145,17 +147,26 @@ def test_charts_hold_what_belongs_together(tmp_path: Path) -> None:
     assert list(charts)[0] == "loss" and len(charts) == len(set(charts))
     [pattern] = charts["λ per layer"]["mean over heads"]
     assert board.curves("b", pattern) == tags[:2]
-    [pattern] = charts["throughput"]["tokens/s"]
-    assert board.curves("b", pattern) == ["throughput(tps)"]
-    pattern = charts["throughput"]["TFLOP/s a device"][0]
-    assert board.curves("c", pattern) == ["tflops"]
-    teacher_forced, prefix_wise = charts["loss"]["held out, teacher-forced and prefix-wise"]
-    assert board.curves("a", teacher_forced) == ["validation_metrics/loss"] and board.curves("a", prefix_wise) == []
+    assert board.curves("c", charts["throughput"]["TFLOP/s per device"][0]) == ["tflops"]
+    assert "leak" not in charts
 
 
 def test_control_alone_has_no_charts_of_layers(tmp_path: Path) -> None:
     start(tmp_path / "a", "none")
     assert "λ per layer" not in Board(tmp_path).charts()
+
+
+def test_a_leak_that_is_measured_has_charts(tmp_path: Path) -> None:
+    cfg = dataclasses.replace(config(tmp_path), dataset_val={"_component_": "d"}, prefix_wise_positions=8)
+    assert "leak" in charts_of(cfg)
+    tags = [tag for tags in CHARTS["leak"]["leak"].values() for tag in tags]
+    assert {"validation_metrics/leak", "training_rows/leak", "validation_metrics/prefix_wise_loss"} <= set(tags)
+
+
+def test_no_chart_has_a_tag_that_tensorboard_cannot_draw() -> None:
+    """Parentheses, from which it takes the run's name."""
+    tags = [tag for group in CHARTS.values() for charts in group.values() for tags in charts.values() for tag in tags]
+    assert tags and not any("(" in tag for tag in tags)
 
 
 def test_a_new_run_in_the_same_folder_is_another_row(tmp_path: Path) -> None:
