@@ -18,7 +18,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ import torchao
 import torchtune
 import transformers
 from omegaconf import OmegaConf
-from tqdm import tqdm
 
 from lrdint_tune import __version__
 from lrdint_tune.errors import ConfigError
@@ -35,9 +33,9 @@ from lrdint_tune.evaluation.nll import document_nll
 from lrdint_tune.reproduce.materials import prepare
 from lrdint_tune.training.components import build_loader, build_tokenizer
 from lrdint_tune.training.config import TrainConfig, load_config
-from lrdint_tune.training.preflight import preflight
+from lrdint_tune.training.job import Job
 from lrdint_tune.training.trainer import Trainer
-from lrdint_tune.training.world import World, start_world
+from lrdint_tune.training.world import World
 
 log = logging.getLogger(__name__)
 
@@ -104,14 +102,11 @@ def command_line(experiment: Experiment, description: str | None) -> None:
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     log.setLevel(logging.INFO)
-    try:
-        run_experiment(experiment, options)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    job = Job()
+    sys.exit(job.run(lambda: run_experiment(experiment, options, job)))
 
 
-def run_experiment(experiment: Experiment, options: argparse.Namespace) -> None:
+def run_experiment(experiment: Experiment, options: argparse.Namespace, job: Job) -> None:
     """Every run that has no result file yet, seed by seed.
 
     Raises:
@@ -137,8 +132,8 @@ def run_experiment(experiment: Experiment, options: argparse.Namespace) -> None:
                 log.info("%s: already there", file)
                 continue
             if world is None:
-                world = _start(options, cfg, work)
-            outcome = _one(experiment, preset, cfg, world)
+                world = _start(options, cfg, work, job)
+            outcome = _one(experiment, preset, cfg, world, job)
             if world.is_main:
                 results.mkdir(parents=True, exist_ok=True)
                 record = {"experiment": experiment.name, "preset": options.preset, "run": run.name, "seed": seed}
@@ -180,22 +175,20 @@ def run_config(
     return {str(key): value for key, value in resolved.items()}
 
 
-def _start(options: argparse.Namespace, cfg: TrainConfig, work: Path) -> World:
-    """Materials first, on the first process of a host that shares them; then the process group."""
+def _start(options: argparse.Namespace, cfg: TrainConfig, work: Path, job: Job) -> World:
+    """Materials first, by one process; then the process group."""
     if int(os.environ.get("RANK", "0")) == 0:
         prepare(_preset_values(options.preset)["prepare"], options.data_dir, work / "materials")
     threads = preset_threads(options.preset)
     if threads:
         torch.set_num_threads(threads)
-    return start_world(cfg.device, partial(preflight, cfg), **cfg.mesh_dims)
+    return job.start_world(cfg)
 
 
-def _one(experiment: Experiment, preset: Preset, cfg: TrainConfig, world: World) -> dict[str, Any]:
+def _one(experiment: Experiment, preset: Preset, cfg: TrainConfig, world: World, job: Job) -> dict[str, Any]:
     """Train one run and measure it."""
     start = time.time()
-    trainer = Trainer(cfg, world)
-    # Each run draws its bar on a line of its own otherwise.
-    tqdm.monitor_interval = 0
+    trainer = Trainer(cfg, world, interruption=job.interruption, pulse=job.pulse)
     trainer.train()
     curves = read_curves(trainer)
     outcome = {

@@ -1,0 +1,152 @@
+"""The figures of docs/results.md, from result files only."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+from lrdint_tune.evaluation.statistics import Difference
+from lrdint_tune.reproduce.results import Results, curve
+
+COLOURS = {"none": "#555555", "dint": "#1f77b4", "literal": "#d62728"}
+LABELS = {"none": "none (attention trained)", "dint": "DINT, causal", "literal": "DINT as printed"}
+LENGTHS = (64, 256)
+POINTS = 40  # of a training curve
+
+
+def leak_figure(results: Results, file: Path, title: str, *, floor: float | None = None) -> None:
+    """Training loss, held-out loss and the leak along the run, at N = 64 and N = 256.
+
+    Args:
+        results: of recipes/reproduce/leak.py with one preset.
+        floor: entropy of the data in nats per token, where it is known.
+    """
+    figure, axes = plt.subplots(3, 2, figsize=(10, 9.5), sharex="col", squeeze=False)
+    for column, n in enumerate(LENGTHS):
+        records = {name: list(results.get(f"{name}-n{n}", {}).values()) for name in COLOURS}
+        records = {name: found for name, found in records.items() if found}
+        train, held_out, leak = axes[:, column]
+        train.set_title(f"N = {n} ({max(map(len, records.values()), default=0)} seeds)")
+        for name, found in records.items():
+            steps = len(found[0]["curves"]["loss_metrics/global_avg_loss"])
+            style: dict[str, Any] = {"color": COLOURS[name], "label": LABELS[name]}
+            _line(train, found, "loss_metrics/global_avg_loss", smooth=max(1, steps // POINTS), **style)
+            _line(held_out, found, "validation_metrics/loss", **style)
+            _line(leak, found, "validation_metrics/leak", **style)
+        if "literal" in records:
+            label = "DINT as printed, from prefixes alone"
+            _prefix_wise(held_out, records["literal"], label=label, color=COLOURS["literal"])
+            style = {"color": COLOURS["literal"], "linestyle": ":", "label": "DINT as printed, training rows"}
+            _line(leak, records["literal"], "training_rows/leak", **style)
+        leak.axhline(0, color="black", linewidth=0.6)
+        leak.set_xlabel("optimizer step")
+        for axis in (train, held_out):
+            if floor is not None:
+                axis.axhline(floor, color="black", linewidth=0.8, linestyle="--", label=f"entropy {floor:.3f}")
+    for axis, label in zip(
+        axes[:, 0],
+        (
+            "training loss",
+            "held-out NLL\n(teacher-forced unless said otherwise)",
+            "leak: prefix-wise minus teacher-forced",
+        ),
+        strict=True,
+    ):
+        axis.set_ylabel(f"{label}\nnats per token" if "\n" not in label else label)
+    for axis in axes[:, 1]:
+        axis.legend(fontsize=8)
+    figure.suptitle(title)
+    _save(figure, file)
+
+
+def _prefix_wise(axis: Axes, records: list[dict[str, Any]], **style: Any) -> None:
+    """The held-out loss from prefixes alone: the ordinary one plus the measured leak."""
+    ordinary, leak = curve(records, "validation_metrics/loss"), curve(records, "validation_metrics/leak")
+    axis.errorbar(
+        ordinary.steps, ordinary.mean + leak.mean, leak.half_width, linestyle="--", linewidth=1.4, capsize=2, **style
+    )
+
+
+def _line(axis: Axes, records: list[dict[str, Any]], tag: str, *, smooth: int = 1, **style: Any) -> None:
+    line = curve(records, tag, smooth=smooth)
+    axis.plot(line.steps, line.mean, linewidth=1.4, **style)
+    axis.fill_between(
+        line.steps, line.mean - line.half_width, line.mean + line.half_width, alpha=0.18, color=style["color"]
+    )
+
+
+def difference_figure(rows: list[tuple[str, Difference]], file: Path, title: str, xlabel: str) -> None:
+    """Paired differences with their 95 % intervals, one line per run; those beyond noise are filled.
+
+    Args:
+        rows: name and difference, in the order from top to bottom.
+    """
+    figure, axis = plt.subplots(figsize=(7.5, 0.34 * len(rows) + 1.6))
+    for place, (_, change) in enumerate(rows):
+        colour = "#555555" if not change.is_beyond_noise else ("#2ca02c" if change.mean < 0 else "#d62728")
+        axis.plot([change.low, change.high], [place, place], color=colour, linewidth=2)
+        face = colour if change.is_beyond_noise else "white"
+        axis.plot([change.mean], [place], "o", color=colour, markerfacecolor=face)
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_yticks(range(len(rows)), [name for name, _ in rows])
+    axis.invert_yaxis()
+    _readable_limits(axis, [change for _, change in rows])
+    axis.set_xlabel(xlabel)
+    axis.set_title(title, fontsize=10)
+    axis.grid(axis="x", alpha=0.3)
+    _save(figure, file)
+
+
+def _readable_limits(axis: Axes, changes: list[Difference]) -> None:
+    """One run far outside must not squeeze the others to a point; it is drawn at the edge and the table has it."""
+    ends = sorted(max(abs(change.low), abs(change.high)) for change in changes)
+    usual = ends[int(0.75 * (len(ends) - 1))]
+    if ends and ends[-1] > 6 * usual > 0:
+        axis.set_xscale("symlog", linthresh=usual)
+
+
+def grid_figure(
+    grids: dict[str, list[list[float]]], rows: list[Any], columns: list[Any], file: Path, *, title: str, chance: float
+) -> None:
+    """Needle retrieval: accuracy by haystack length and depth, one panel per model.
+
+    Args:
+        grids: model -> ``[length][depth]``, NaN where nothing was measured.
+        rows, columns: lengths in tokens, depths in percent.
+        chance: of a guess; where the colour scale begins.
+    """
+    wide = min(4, len(grids))
+    high = math.ceil(len(grids) / wide)
+    figure, axes = plt.subplots(high, wide, figsize=(2.7 * wide + 0.6, 2.3 * high + 0.6), squeeze=False)
+    for axis in axes.flat:
+        axis.set_visible(False)
+    image = None
+    for axis, (name, grid) in zip(axes.flat, grids.items(), strict=False):
+        axis.set_visible(True)
+        image = axis.imshow(grid, vmin=chance, vmax=1, cmap="viridis", aspect="auto")
+        axis.set_title(name, fontsize=9)
+        axis.set_xticks(range(len(columns)), columns, fontsize=7)
+        axis.set_yticks(range(len(rows)), rows, fontsize=7)
+        for i, line in enumerate(grid):
+            for j, value in enumerate(line):
+                axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color="white")
+    figure.suptitle(title, fontsize=10)
+    figure.supxlabel("depth of the needle, %", fontsize=9)
+    figure.supylabel("haystack, tokens", fontsize=9)
+    if image is not None:
+        figure.colorbar(image, ax=axes, shrink=0.8)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def _save(figure: Any, file: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    plt.close(figure)

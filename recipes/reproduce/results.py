@@ -1,0 +1,133 @@
+"""Figures and tables of docs/results.md, from the JSON files of the experiments alone.
+
+    python recipes/reproduce/results.py
+
+Writes docs/results/*.png, and the tables between the markers `<!-- name -->` and `<!-- end name -->` of
+docs/results.md.
+"""
+
+import argparse
+import json
+import math
+import re
+from pathlib import Path
+
+from lrdint_tune.reproduce.figures import LENGTHS, difference_figure, leak_figure
+from lrdint_tune.reproduce.results import (
+    Results,
+    difference,
+    final_lambda,
+    load_results,
+    mean_over_seeds,
+    split,
+)
+
+TITLES = {
+    "stories260k": "stories260K on The Wizard of Oz",
+    "letters": "Independent random letters",
+    "smollm2_135m": "SmolLM2-135M on GSM8K",
+    "llama3_2_1b": "Llama-3.2-1B on OpenMathInstruct-2",
+}
+FLOORS = {"letters": math.log(8)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results_dir", type=Path, default=Path("docs/results"))
+    parser.add_argument("--document", type=Path, default=Path("docs/results.md"))
+    options = parser.parse_args()
+    tables = {}
+    for folder in sorted((options.results_dir / "leak").glob("*")):
+        preset, results = folder.name, load_results(folder)
+        figure = options.results_dir / f"leak_{preset}.png"
+        leak_figure(results, figure, TITLES.get(preset, preset), floor=FLOORS.get(preset))
+        tables[f"leak {preset}"] = leak_table(results)
+    for experiment, baseline in (("methods", "none"), ("ablations", "default")):
+        for folder in sorted((options.results_dir / experiment).glob("*")):
+            preset, results = folder.name, load_results(folder)
+            times = options.results_dir / "step_times" / f"{preset}.json"
+            ratios = json.loads(times.read_text())["ratios"] if times.is_file() and experiment == "methods" else {}
+            tables[f"{experiment} {preset}"] = comparison_table(results, baseline, ratios)
+            rows = [(run, difference(results, run, base_of(run, baseline), "held_out")) for run in ordered(results)]
+            rows = [(run, change) for run, change in rows if run != base_of(run, baseline)]
+            difference_figure(
+                rows,
+                options.results_dir / f"{experiment}_{preset}.png",
+                f"{TITLES.get(preset, preset)}, {max(map(len, results.values()))} seed(s)",
+                f"held-out NLL minus that of {baseline}, nats per token (95 % interval)",
+            )
+    write_tables(options.document, tables)
+
+
+def base_of(run: str, baseline: str) -> str:
+    """LMAM's variants are compared with LMAM."""
+    return "lmam" if baseline == "default" and run.startswith("lmam") else baseline
+
+
+def ordered(results: Results) -> list[str]:
+    """In the order in which the experiment's script has them: that of their files' seconds would be chance."""
+    return sorted(results, key=lambda run: (run.startswith("lmam"), run.startswith("control"), run))
+
+
+def leak_table(results: Results) -> str:
+    head = ["N", "rows", "gain in training loss", "gain, teacher-forced", "of it survives prefix-wise", "leak (95 %)"]
+    head.append("causal DINT: largest gap")
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for n in LENGTHS:
+        literal, none, causal = f"literal-n{n}", f"none-n{n}", f"dint-n{n}"
+        if not {literal, none, causal} <= set(results):
+            continue
+        for group, name in (("training_rows", "training"), ("validation_metrics", "held-out")):
+            gaps = [abs(v) for r in results[causal].values() for _, v in r["curves"][f"{group}/leak"]]
+            part = split(results, literal, none, group)
+            lines.append(
+                f"| {n} | {name} | {part.training_loss:+.4f} | {part.teacher_forced:+.4f} | {part.prefix_wise:+.4f} | "
+                f"{part.leak:+.4f} ± {part.leak_half_width:.4f} | {max(gaps):.1e} |"
+            )
+    return "\n".join(lines)
+
+
+def comparison_table(results: Results, baseline: str, ratios: dict) -> str:
+    others = sorted({name for seeds in results.values() for r in seeds.values() for name in r["forgetting"]})
+    head = ["run", "seeds", "trained (new)", "held-out NLL", f"minus `{baseline}` (95 %)"]
+    head += [f"{name}, minus `{baseline}` (95 %)" for name in others]
+    head += ["final λ, mean (layers)"] + (["step time (FLOPs)"] if ratios else [])
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for run in ordered(results):
+        record = next(iter(results[run].values()))
+        base = base_of(run, baseline)
+        mean, spread = mean_over_seeds(results, run, "held_out", "mean")
+        cells = [f"`{run}`", str(len(results[run]))]
+        cells.append(f"{record['trainable_parameters']:,} ({record['new_parameters']:,})")
+        cells.append(f"{mean:.4f}" + ("" if math.isnan(spread) else f" ± {spread:.4f}"))
+        for path in (("held_out",), *(("forgetting", name) for name in others)):
+            cells.append("" if run == base else described(difference(results, run, base, *path)))
+        lam = final_lambda(record)
+        cells.append("" if lam is None else f"{lam[0]:+.3f} ({lam[1]:+.3f} to {lam[2]:+.3f})")
+        if ratios:
+            ratio = ratios.get(run)
+            cells.append("" if ratio is None else f"{ratio['median']:.2f} ({ratio['flops']:.2f})")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def described(change) -> str:
+    text = f"{change.mean:+.4f} [{change.low:+.4f}, {change.high:+.4f}]"
+    return f"**{text}**" if change.is_beyond_noise else text
+
+
+def write_tables(document: Path, tables: dict[str, str]) -> None:
+    """Put each table between its markers; one without markers is printed, so that it is not lost."""
+    text = document.read_text(encoding="utf-8") if document.is_file() else ""
+    for name, table in tables.items():
+        pattern = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end {re.escape(name)} -->)", re.DOTALL)
+        if pattern.search(text):
+            text = pattern.sub(lambda found, table=table: f"{found[1]}\n{table}\n\n{found[2]}", text)
+        else:
+            print(f"\n{name}\n\n{table}")
+    if text:
+        document.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
