@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from lrdint_tune.attention import DifferentialSelfAttention
-from lrdint_tune.attention.layout import Layout, MaskType
 from lrdint_tune.attention.lambdas import LambdaForm
+from lrdint_tune.attention.layout import Layout, MaskType
 from lrdint_tune.attention.probe import MapRows, map_rows
 from lrdint_tune.models.decoder import LlamaDecoder
 
@@ -119,9 +119,7 @@ def probe_layers(
 
 
 @contextmanager
-def _watched(
-    model: LlamaDecoder, found: dict[int, LayerStatistics], top_k: int, heat_maps: Heads
-) -> Iterator[None]:
+def _watched(model: LlamaDecoder, found: dict[int, LayerStatistics], top_k: int, heat_maps: Heads) -> Iterator[None]:
     def watch(i: int) -> Any:
         def hook(attention: DifferentialSelfAttention, args: Any, kwargs: Any, output: Tensor) -> None:
             found[i] = _layer_statistics(attention, args[0], kwargs["mask"], top_k, heat_maps.get(i, ()))
