@@ -70,7 +70,8 @@ def leak_figure(results: Results, file: Path, title: str, *, floor: float | None
 
 def _without_the_start(axis: Axes) -> None:
     """The first point is the untrained model's, the same for all and far above the others: not in the range."""
-    later = [y for line in axis.lines for x, y in zip(*line.get_data(), strict=True) if x > 0]
+    points = [(x, y) for line in axis.lines for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True)]  # type: ignore[arg-type]
+    later = [float(y) for x, y in points if x > 0]  # type: ignore[arg-type, operator]
     if later:
         margin = 0.1 * (max(later) - min(later)) + 1e-3
         axis.set_ylim(min(later) - margin, max(later) + margin)
