@@ -10,6 +10,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
 
 from lrdint_tune.evaluation.statistics import Difference
@@ -70,8 +71,8 @@ def leak_figure(results: Results, file: Path, title: str, *, floor: float | None
 
 def _without_the_start(axis: Axes) -> None:
     """The first point is the untrained model's, the same for all and far above the others: not in the range."""
-    points = [(x, y) for line in axis.lines for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True)]  # type: ignore[arg-type]
-    later = [float(y) for x, y in points if x > 0]  # type: ignore[arg-type, operator]
+    points = np.concatenate([np.asarray(line.get_xydata(), np.float64) for line in axis.lines]).tolist()
+    later = [y for x, y in points if x > 0]
     if later:
         margin = 0.1 * (max(later) - min(later)) + 1e-3
         axis.set_ylim(min(later) - margin, max(later) + margin)
