@@ -9,7 +9,9 @@ from typing import Any, Protocol
 
 from lrdint_tune.errors import ConfigError
 from lrdint_tune.evaluation.measured import Measured
+from lrdint_tune.evaluation.needle import NeedleTask
 from lrdint_tune.evaluation.scoring import Scorer
+from lrdint_tune.evaluation.tasks.held_out import LongTextTask, NllTask
 from lrdint_tune.evaluation.tasks.lambada import measure_lambada
 from lrdint_tune.evaluation.tasks.multiple_choice import TASKS as MULTIPLE_CHOICE
 from lrdint_tune.training.checkpoint.manifest import digest_of
@@ -21,6 +23,8 @@ class Task(Protocol):
 
     task: str
     name: str | None
+
+    def files(self) -> list[str]: ...
 
     def measure(self, scorer: Scorer, seed: int) -> Measured: ...
 
@@ -47,13 +51,21 @@ class FileTask:
         if self.limit is not None and self.limit < 2:
             raise ConfigError(f"limit={self.limit}: must be at least 2, for a standard error")
 
+    def files(self) -> list[str]:
+        return [self.file]
+
     def measure(self, scorer: Scorer, seed: int) -> Measured:
         if self.task == "lambada":
             return measure_lambada(scorer, self.file, self.limit)
         return MULTIPLE_CHOICE[self.task].measure(scorer, self.file, self.limit)
 
 
-KINDS: dict[str, type[Any]] = dict.fromkeys([*MULTIPLE_CHOICE, "lambada"], FileTask)
+KINDS: dict[str, type[Any]] = {
+    **dict.fromkeys([*MULTIPLE_CHOICE, "lambada"], FileTask),
+    "wikitext": LongTextTask,
+    "nll": NllTask,
+    "needle": NeedleTask,
+}
 
 
 def build_tasks(entries: Sequence[Any]) -> dict[str, Task]:
@@ -81,6 +93,7 @@ def build_tasks(entries: Sequence[Any]) -> dict[str, Task]:
 
 
 def settings(task: Task) -> dict[str, Any]:
-    """What the numbers of a task depend on, as JSON values: its options, and a digest of its file."""
+    """What the numbers of a task depend on, as JSON values: its options, and digests of its local files."""
     options = {key: value for key, value in asdict(task).items() if key != "name"}  # type: ignore[call-overload]
-    return options | ({"file_digest": digest_of(Path(options["file"]))} if "file" in options else {})
+    digests = [digest_of(Path(file)) for file in task.files() if Path(file).is_file()]
+    return options | {"digests": digests}
