@@ -14,7 +14,6 @@ Exit codes: 0 done, 2 bad input, 3 NaN or infinite loss.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import sys
@@ -23,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -49,8 +48,10 @@ from lrdint_tune.training import startup
 from lrdint_tune.training.components import bad_row_counts, build, build_recorder, build_tokenizer
 from lrdint_tune.training.config import Section, load_config
 from lrdint_tune.training.data import IGNORE_INDEX, Batch, BatchLoader, TokenisedDataset
+from lrdint_tune.training.hparams import hyperparameters
 from lrdint_tune.training.nonfinite import NonFiniteLossError
 from lrdint_tune.training.progress import Progress
+from lrdint_tune.training.recording import finish_record, start_record
 from lrdint_tune.training.trainable import optimizer_groups
 from lrdint_tune.training.trainer import CALIBRATION_BATCHES
 from lrdint_tune.training.world import resolve_device
@@ -102,13 +103,9 @@ class Finetuning:
             self.scheduler = build(
                 "lr_scheduler", cfg.lr_scheduler, self.optimizer, num_training_steps=self.total_steps
             )
-        log.info(
-            "%s, method %s: %s parameters trained of %s",
-            type(self.model).__name__,
-            state_of(self.model).method,
-            f"{sum(p.numel() for p in self.trained):,}",
-            f"{sum(p.numel() for p in self.model.parameters()):,}",
-        )
+        trained, every = (sum(p.numel() for p in some) for some in (self.trained, self.model.parameters()))
+        self.parameters = f"{trained:,} parameters trained of {every:,}"
+        log.info("%s, method %s: %s", type(self.model).__name__, state_of(self.model).method, self.parameters)
 
     def _build(self, *, weights: bool) -> PreTrainedModel:
         """The model; with ``weights`` False without memory. ``anneal_steps`` defaults to half of the run."""
@@ -152,10 +149,15 @@ class Finetuning:
             NonFiniteLossError: NaN or infinite loss or gradient; nothing was updated with it, nothing is saved.
         """
         cfg, recorder = self.cfg, self.recorder
-        recorder.open(resumed_step=0)
-        recorder.log_text("config", f"```yaml\n{OmegaConf.to_yaml(dataclasses.asdict(cfg))}\n```")
-        if skipped := bad_row_counts(cfg, self.loader, self.loader_val):
-            recorder.log(skipped, 0)
+        batch, options = cfg.batch_size * cfg.accumulation, state_of(self.model).options
+        start_record(
+            recorder,
+            cfg,
+            hyperparameters(cfg, options, global_batch_size=batch, steps=self.total_steps),
+            parameters=self.parameters,
+            counts=bad_row_counts(cfg, self.loader, self.loader_val),
+            resumed_step=0,
+        )
         progress = Progress(self.total_steps, 0, enabled=True)
         try:
             self._calibrate()
@@ -173,10 +175,8 @@ class Finetuning:
             progress.close()
             recorder.close()
         save(self.model, self.folder)
-        for tag in ("loss", "accuracy"):
-            for at, value in recorder.history(f"validation_metrics/{tag}"):
-                log.info("held-out %s at step %d: %.4f", tag, at, value)
-        log.info("saved %s; curves: tensorboard --logdir %s", self.folder, recorder.log_dir)
+        log.info("saved %s", self.folder)
+        finish_record(recorder, {f"validation_metrics/{name}": f"held-out {name}" for name in ("loss", "accuracy")})
 
     def _train_step(self, step: int) -> dict[str, float]:
         if step % self.steps_per_epoch == 0:

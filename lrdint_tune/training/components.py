@@ -118,7 +118,8 @@ def build_model(cfg: TrainConfig, *, total_steps: int | None = None) -> LlamaDec
 
 
 def build_recorder(cfg: RunConfig) -> TensorBoardLogger:
-    """What writes the curves, into ``output_dir/logs`` if the config does not say.
+    """What writes the curves. If the config does not say, the event files go into ``output_dir``, by whose name
+    TensorBoard then calls the run, and the rest into ``output_dir/logs``.
 
     Raises:
         ConfigError: another component than this package's, or one of its options is wrong.
@@ -126,6 +127,7 @@ def build_recorder(cfg: RunConfig) -> TensorBoardLogger:
     default = {
         "_component_": "lrdint_tune.training.metrics.TensorBoardLogger",
         "log_dir": str(Path(cfg.output_dir) / "logs"),
+        "events_dir": cfg.output_dir,
     }
     recorder = build("metric_logger", cfg.metric_logger or default)
     if not isinstance(recorder, TensorBoardLogger):

@@ -1,4 +1,5 @@
-"""What a run records, TensorBoard curves and the same numbers as JSON lines, on a disk that may be full for a while."""
+"""Where a run's records go, TensorBoard's files and the numbers as JSON lines too, on a disk that may be full for a
+while."""
 
 from __future__ import annotations
 
@@ -12,56 +13,71 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
-from torch.utils.tensorboard.summary import scalar, text
+from torch import Tensor
+from torch.utils.tensorboard.summary import histogram, image, scalar, text
 
 from lrdint_tune.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
 JSON_FILE = "metrics.jsonl"
+EVENT_FILES = "events.out.tfevents.*"
+HISTOGRAM_BINS = 30  # what TensorBoard shows
 
 
 class TensorBoardLogger:
-    """Writes scalars to TensorBoard and to ``metrics.jsonl`` in ``log_dir``.
+    """Writes scalars to TensorBoard and to ``metrics.jsonl``; images, histograms and texts to TensorBoard alone.
 
-    A resumed run writes on into the same folder: everything recorded after the step it resumes from is dropped from
-    both, so there is one curve.
+    A resumed run writes on into the same folders: everything recorded after the step it resumes from is dropped from
+    both, so there is one curve. A new run puts the event files that it finds out of TensorBoard's sight, as
+    ``replaced.*``.
 
     What cannot be written (the disk is full) is kept and written with what comes next, after one warning. Neither file
     ever holds half a record. This is why torch's ``SummaryWriter`` does not serve: its thread dies of the first error,
     with what it held.
 
     Args:
-        log_dir: the folder that ``tensorboard --logdir`` is pointed at.
+        log_dir: the folder of ``metrics.jsonl`` and of profiles.
+        events_dir: the folder of the event files, ``log_dir`` if it is not given. TensorBoard calls a run by the path
+            of this folder below ``--logdir``.
+
+    Attributes:
+        continues: after :meth:`open`, whether the event files of the run's earlier part are there.
     """
 
-    def __init__(self, log_dir: str) -> None:
-        self.log_dir = Path(log_dir)
+    def __init__(self, log_dir: str, events_dir: str | None = None) -> None:
+        self.log_dir, self.events_dir = Path(log_dir), Path(events_dir or log_dir)
+        self.continues = False
         self._file = self.log_dir / JSON_FILE
         self._lines, self._events = b"", b""  # not written yet
         self._resumed_step: int | None = None  # until the files are ready
         self._failed = False
 
     def check(self) -> None:
-        """That there can be such a folder; nothing is made.
+        """That there can be such folders; nothing is made.
 
         Raises:
-            ConfigError: it is a file, or lies where this user may not write.
+            ConfigError: one is a file, or lies where this user may not write.
         """
-        place = next(path for path in (self.log_dir, *self.log_dir.absolute().parents) if path.exists())
-        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-            reason = "is not writable" if place.is_dir() else "is no folder"
-            raise ConfigError(
-                f"metric_logger.log_dir={str(self.log_dir)!r}: {place} {reason}; choose another log_dir or output_dir"
-            )
+        for key, folder in (("log_dir", self.log_dir), ("events_dir", self.events_dir)):
+            place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+            if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+                reason = "is not writable" if place.is_dir() else "is no folder"
+                raise ConfigError(
+                    f"metric_logger.{key}={str(folder)!r}: {place} {reason}; choose another {key} or output_dir"
+                )
 
     def open(self, *, resumed_step: int) -> None:
         """Start recording after ``resumed_step`` (0 for a new run)."""
         self._resumed_step = resumed_step
+        self.continues = resumed_step > 0 and any(self.events_dir.glob(EVENT_FILES))
         self._event(Event(file_version="brain.Event:2"))
-        # Older event files stay; a new run hides all that is in them, its validation before step 1 included.
+        # What an open TensorBoard has read already: a new run hides all of it, the validation before step 1 included.
         hidden_from = resumed_step + 1 if resumed_step else 0
         self._event(Event(step=hidden_from, session_log=SessionLog(status=SessionLog.START)))
         self._write()
@@ -93,7 +109,26 @@ class TensorBoardLogger:
         return [json.loads(line) for line in (written + self._lines).splitlines()]
 
     def log_text(self, tag: str, content: str) -> None:
-        self._event(Event(summary=text(tag, content)))
+        """Show ``content``, Markdown."""
+        self.log_summary(text(tag, content))
+
+    def log_images(self, images: dict[str, NDArray[np.uint8]], step: int) -> None:
+        """Record ``images`` (tag -> uint8 ``[H, W, 3]``) at optimizer step ``step``."""
+        for tag, pixels in images.items():
+            self._event(Event(step=step, summary=image(tag, pixels, dataformats="HWC")))
+        self._write()
+
+    def log_histograms(self, values: dict[str, Tensor], step: int) -> None:
+        """Record how the finite ones of ``values`` (tag -> tensor of any shape, at least one entry finite) are
+        distributed at optimizer step ``step``."""
+        for tag, tensor in values.items():
+            entries = tensor.detach().float().cpu().numpy()
+            self._event(Event(step=step, summary=histogram(tag, entries[np.isfinite(entries)], bins=HISTOGRAM_BINS)))
+        self._write()
+
+    def log_summary(self, summary: Summary) -> None:
+        """Record what belongs to the run and to no step: a text, hyperparameters, a layout."""
+        self._event(Event(summary=summary))
         self._write()
 
     def close(self) -> None:
@@ -129,13 +164,18 @@ class TensorBoardLogger:
 
     def _prepare(self, resumed_step: int) -> None:
         """Drop what was recorded after the step, and find a name for the events."""
-        self.log_dir.mkdir(parents=True, exist_ok=True)
+        for folder in (self.log_dir, self.events_dir):
+            folder.mkdir(parents=True, exist_ok=True)
         # TensorBoard reads event files in the order of their names, which begin with a second: this one must be later.
-        seconds = [int(old.name.split(".")[3]) for old in self.log_dir.glob("events.out.tfevents.*")]
+        earlier = list(self.events_dir.glob(EVENT_FILES))
+        seconds = [int(old.name.split(".")[3]) for old in earlier]
         while int(time.time()) <= max(seconds, default=0):
             time.sleep(0.05)
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.0"
-        self._events_file = self.log_dir / name
+        self._events_file = self.events_dir / name
+        if resumed_step == 0:  # TensorBoard takes hyperparameters from a run's first file, and never forgets a tag
+            for old in earlier:
+                old.rename(old.with_name(f"replaced.{old.name.split('tfevents.')[1]}"))
         lines = self._file.read_text().splitlines() if self._file.is_file() else []
         kept = [line for line in lines if line.endswith("}") and 0 < resumed_step >= json.loads(line)["step"]]
         partial = self._file.with_suffix(".partial")

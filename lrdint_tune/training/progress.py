@@ -52,7 +52,8 @@ class Throughput:
         self._steps += 1
 
     def take(self) -> dict[str, float]:
-        """The rates since the last call, with torchtitan's tag names; starts anew."""
+        """The rates since the last call, with torchtitan's tag names; starts anew. The two under ``throughput/`` are
+        there again by names that TensorBoard's custom scalars can show."""
         seconds = max(time.perf_counter() - self._start, 1e-9)
         tps = self._tokens / seconds
         per_device = tps / self.world_size / 1e12
@@ -62,6 +63,8 @@ class Throughput:
             "tflops_causal": per_device * self.causal_flops_per_token,
             "time_metrics/end_to_end(s)": seconds / max(self._steps, 1),
             "time_metrics/data_loading(s)": self._data_seconds / max(self._steps, 1),
+            "throughput/tokens_per_second": tps,
+            "throughput/seconds_per_step": seconds / max(self._steps, 1),
         }
         if self.peak_tflops is not None:
             values["mfu(%)"] = 100 * values["tflops"] / self.peak_tflops

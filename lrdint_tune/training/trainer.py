@@ -13,14 +13,12 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from omegaconf import OmegaConf
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.profiler import record_function
 from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
 
 from lrdint_tune.errors import ConfigError, DataLostError
-from lrdint_tune.evaluation.nll import measure_leak
 from lrdint_tune.models.decoder import LlamaDecoder, is_method_tensor
 from lrdint_tune.models.hf import check_hf_config, weights_digest
 from lrdint_tune.training import startup
@@ -38,9 +36,10 @@ from lrdint_tune.training.components import (
 from lrdint_tune.training.config import TrainConfig
 from lrdint_tune.training.data import Batch, BatchLoader, raise_everywhere, together
 from lrdint_tune.training.flops import training_flops_per_token
-from lrdint_tune.training.forward import held_out_nll, model_inputs, summed_loss
+from lrdint_tune.training.forward import model_inputs, summed_loss
 from lrdint_tune.training.gradients import diagnostics
 from lrdint_tune.training.hardware import device_peak
+from lrdint_tune.training.hparams import hyperparameters
 from lrdint_tune.training.identity import check_same_run, run_identity
 from lrdint_tune.training.interruption import Interruption, Stopped, stop_if_any
 from lrdint_tune.training.memory import check_device, check_passes
@@ -51,10 +50,12 @@ from lrdint_tune.training.precision import check_precision_device, describe_prec
 from lrdint_tune.training.profiling import ProfilerWindow
 from lrdint_tune.training.progress import Progress, Throughput, memory_values
 from lrdint_tune.training.pulse import Pulse, agreed
+from lrdint_tune.training.recording import finish_record, start_record
 from lrdint_tune.training.results import write_results
 from lrdint_tune.training.schedule import learning_rates, restore_schedule, schedule_state
 from lrdint_tune.training.trainable import optimizer_groups, parameter_table, set_trainable
 from lrdint_tune.training.updates import build_updates
+from lrdint_tune.training.validation import held_out_nll, leak_values
 from lrdint_tune.training.weights import file_spec, initial_method_state, load_weights, materialise, pretrained_tensors
 from lrdint_tune.training.world import World
 
@@ -133,8 +134,9 @@ class Trainer:
         if cfg.resume != "auto" and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) and world.is_main:
             log.warning("resume=%s: a restart by torchrun begins there again; auto goes on from the latest", cfg.resume)
         resume_from, saved = self.checkpoints.find(cfg.resume, self._check_checkpoint)
+        self.parameters = parameter_table(model)
         if world.is_main:
-            log.info("%s, method %s\n%s", cfg.model["_component_"], self.spec.method, parameter_table(model))
+            log.info("%s, method %s\n%s", cfg.model["_component_"], self.spec.method, self.parameters)
             for line in describe_precision(model, cfg):
                 log.info(line)
 
@@ -297,7 +299,7 @@ class Trainer:
         self.export()
         self.checkpoints.close()
         if recorder is not None:
-            self._report(recorder)
+            finish_record(recorder, {"validation_metrics/loss": "held-out NLL per token"})
 
     def _save_last_step(self) -> None:
         """Save the last finished step, unless that is done or there is none."""
@@ -433,51 +435,32 @@ class Trainer:
         values = {"validation_metrics/loss": nll}
         message = f"step {self.step}: held-out NLL {nll:.4f} nats per token"
         if self.cfg.prefix_wise_positions:
-            values |= self.leak_values()
+            self.pulse.enter("prefix-wise validation", self.step, watch=True)
+            values |= leak_values(
+                self.model,
+                cast(BatchLoader, self.loader_val),
+                self.loader,
+                self.world,
+                positions=self.cfg.prefix_wise_positions,
+                between=self._between_validation_batches,
+            )
             message += f", {values['validation_metrics/leak']:+.4f} when predicted from prefixes alone"
         progress.message(message)
         if recorder is not None:
             recorder.log(values, self.step)
 
-    def leak_values(self) -> dict[str, float]:
-        """``prefix_wise_positions`` positions of held-out and of training rows, predicted from their prefixes alone:
-        NLL so, the teacher-forced NLL of the same, and their difference (the leak) with its standard error."""
-        assert self.loader_val is not None and self.cfg.prefix_wise_positions is not None
-        self.pulse.enter("prefix-wise validation", self.step, watch=True)
-        self.model.enable_diagnostics(False)
-        values: dict[str, float] = {}
-        for group, loader in (("validation_metrics", self.loader_val), ("training_rows", self.loader)):
-            leak = measure_leak(
-                self.model,
-                loader.dataset.documents(),
-                positions=self.cfg.prefix_wise_positions,
-                device=self.world.device,
-                between=self._between_validation_batches,
-            )
-            values |= {
-                f"{group}/prefix_wise_loss": leak.prefix_wise.mean,
-                f"{group}/teacher_forced_loss": leak.teacher_forced.mean,
-                f"{group}/leak": leak.gap.mean,
-                f"{group}/leak_stderr": leak.gap.stderr,
-            }
-        return values
-
-    @staticmethod
-    def _report(recorder: TensorBoardLogger) -> None:
-        validations = recorder.history("validation_metrics/loss")
-        if validations:
-            (first, before), (last, after) = validations[0], validations[-1]
-            log.info("held-out NLL per token: %.4f at step %d, %.4f at step %d", before, first, after, last)
-        log.info("curves: tensorboard --logdir %s", recorder.log_dir)
-
     def _open_recorder(self) -> TensorBoardLogger | None:
         if not self.world.is_main:
             return None
-        self.recorder.open(resumed_step=self.step)
-        if self.step == 0:
-            self.recorder.log_text("config", f"```yaml\n{OmegaConf.to_yaml(dataclasses.asdict(self.cfg))}\n```")
-            if skipped := bad_row_counts(self.cfg, self.loader, self.loader_val):
-                self.recorder.log(skipped, 0)
+        cfg, options = self.cfg, self.spec.method_options
+        start_record(
+            self.recorder,
+            cfg,
+            hyperparameters(cfg, options, global_batch_size=self.global_batch, steps=self.total_steps),
+            parameters=self.parameters,
+            counts=bad_row_counts(cfg, self.loader, self.loader_val),
+            resumed_step=self.step,
+        )
         return self.recorder
 
     # ------------------------------------------------------------------ results

@@ -42,9 +42,12 @@ def main() -> None:
         figure = options.results_dir / f"leak_{preset}.png"
         leak_figure(results, figure, TITLES.get(preset, preset), floor=FLOORS.get(preset))
         tables[f"leak {preset}"] = leak_table(results)
-    for experiment, baseline in (("methods", "none"), ("ablations", "default")):
+    for experiment, baseline in (("methods", "none"), ("ablations", "dint")):
         for folder in sorted((options.results_dir / experiment).glob("*")):
             preset, results = folder.name, load_results(folder)
+            if experiment == "ablations":
+                compared = load_results(options.results_dir / "methods" / preset)
+                results |= {run: compared[run] for run in ("dint", "diff", "lmam")}
             times = options.results_dir / "step_times" / f"{preset}.json"
             ratios = json.loads(times.read_text())["ratios"] if times.is_file() and experiment == "methods" else {}
             tables[f"{experiment} {preset}"] = comparison_table(results, baseline, ratios)
@@ -61,7 +64,7 @@ def main() -> None:
 
 def base_of(run: str, baseline: str) -> str:
     """LMAM's variants are compared with LMAM."""
-    return "lmam" if baseline == "default" and run.startswith("lmam") else baseline
+    return "lmam" if baseline == "dint" and run.startswith("lmam") else baseline
 
 
 def ordered(results: Results) -> list[str]:

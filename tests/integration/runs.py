@@ -70,7 +70,7 @@ def assert_one_curve(output_dir: Path) -> None:
 
 def tensorboard(output_dir: Path) -> dict[str, list[tuple[int, float]]]:
     """Tag -> (step, value), as TensorBoard shows it."""
-    events = EventAccumulator(str(output_dir / "logs"), size_guidance={"scalars": 0}).Reload()
+    events = EventAccumulator(str(output_dir), size_guidance={"scalars": 0}).Reload()
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 

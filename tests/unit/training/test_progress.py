@@ -21,6 +21,8 @@ def test_rates(monkeypatch: pytest.MonkeyPatch) -> None:
         "mfu(%)": 25.0,
         "time_metrics/end_to_end(s)": 2.0,
         "time_metrics/data_loading(s)": 1.0,
+        "throughput/tokens_per_second": 25.0,
+        "throughput/seconds_per_step": 2.0,
     }
     now[0] += 3  # a validation, say
     throughput.reset()
