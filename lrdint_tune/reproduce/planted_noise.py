@@ -177,8 +177,8 @@ def errors(
 def oracles(clean: DifferentialSelfAttention, noisy: DifferentialSelfAttention, x: Tensor) -> dict[str, float]:
     """Map errors of second maps that no training has to find, each with the best λ of its head.
 
-    ``A2 = softmax(ξ)`` is seed 002's hypothesis (its eq. 10), ``A2 = softmax(S_ideal)`` the answer itself. ``diff``:
-    ``A1 - λ A2``; ``dint``: ``A1 - λ (A2 - A3)`` with ``A3`` the prefix mean of ``A1``.
+    ``A2 = softmax(ξ)`` is seed 002's hypothesis (its eq. 10), ``A2 = softmax(S_ideal)`` the answer itself, ``A2 = A1``
+    no more than a smaller output. ``A3`` is the prefix mean of ``A1``, DINT's.
     """
     n = x.shape[1]
     causal = torch.ones(n, n, dtype=torch.bool).tril()
@@ -186,12 +186,17 @@ def oracles(clean: DifferentialSelfAttention, noisy: DifferentialSelfAttention, 
     xi = _logits(noisy, x) - _logits(clean, x)
     noise = xi.masked_fill(~causal, -math.inf).softmax(-1)
     integral = before.cumsum(-2) / torch.arange(1, n + 1)[:, None]
-    left = {}
-    for name, second in (("noise", noise), ("ideal", ideal)):
-        for method, direction in (("diff", second), ("dint", second - integral)):
-            wrong = before - ideal
-            lam = (wrong * direction).sum((0, 2, 3), True) / (direction**2).sum((0, 2, 3), True)
-            left[f"{method}, A2 = softmax({name})"] = float((wrong - lam * direction).norm() / wrong.norm())
+    subtracted = {
+        "A1 - λ A1": before,
+        "A1 - λ softmax(ξ)": noise,
+        "A1 - λ softmax(S_ideal)": ideal,
+        "A1 - λ (softmax(ξ) - A3)": noise - integral,
+        "A1 - λ (softmax(S_ideal) - A3)": ideal - integral,
+    }
+    wrong, left = before - ideal, {}
+    for name, term in subtracted.items():
+        lam = (wrong * term).sum((0, 2, 3), True) / (term**2).sum((0, 2, 3), True)
+        left[name] = float((wrong - lam * term).norm() / wrong.norm())
     return left
 
 

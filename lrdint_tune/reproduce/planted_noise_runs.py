@@ -48,9 +48,9 @@ class Schedule:
     """
 
     steps: int = 300
-    batch: int = 16
+    batch: int = 8
     length: int = 32
-    lr: float = 5e-3
+    lr: float = 1e-2
 
 
 def run_cell(cell: Cell, noise: Noise, seed: int, schedule: Schedule) -> dict[str, Any]:
@@ -65,13 +65,13 @@ def run_cell(cell: Cell, noise: Noise, seed: int, schedule: Schedule) -> dict[st
     """
     weights = draw_weights(noise, torch.Generator().manual_seed(seed))
     torch.manual_seed(seed)  # the method's random start
-    clean, noisy = build_layer(weights, noisy=True), build_layer(weights, noisy=True)
-    clean = build_layer(weights, noisy=False)
+    clean, noisy = build_layer(weights, noisy=False), build_layer(weights, noisy=True)
     layer = _layer(cell, weights, schedule)
     trained = [p for p in layer.parameters() if p.requires_grad]
     held_out = _inputs(HELD_OUT, schedule.length, torch.Generator().manual_seed(10_000 + seed))
-    losses = _train(layer, clean, noisy, trained, schedule, torch.Generator().manual_seed(20_000 + seed))
-    layer.eval()
+    with torch.no_grad():
+        unit = float((noisy(held_out) - clean(held_out)).square().mean())
+    losses = _train(layer, clean, unit, trained, schedule, torch.Generator().manual_seed(20_000 + seed))
     return {
         "left": errors(layer, clean, noisy, held_out),
         "oracles": oracles(clean, noisy, held_out),
@@ -103,19 +103,18 @@ def _layer(cell: Cell, weights: Any, schedule: Schedule) -> DifferentialSelfAtte
 def _train(
     layer: DifferentialSelfAttention,
     clean: DifferentialSelfAttention,
-    noisy: DifferentialSelfAttention,
+    unit: float,
     trained: list[torch.nn.Parameter],
     schedule: Schedule,
     generator: torch.Generator,
 ) -> list[float]:
-    optimizer = torch.optim.Adam(trained, lr=schedule.lr)
+    optimizer = torch.optim.Adam(trained, lr=schedule.lr, fused=True)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 0.5 * (1 + math.cos(math.pi * s / schedule.steps)))
     losses: list[float] = []
     for step in range(schedule.steps):
         x = _inputs(schedule.batch, schedule.length, generator)
         with torch.no_grad():
             ideal = clean(x)
-            unit = (noisy(x) - ideal).square().mean()
         loss = (layer(x) - ideal).square().mean() / unit
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -151,3 +150,17 @@ def default_cells() -> dict[str, Cell]:
     cells |= {f"lora-{rank}": Cell(lora_rank=rank) for rank in (8, 12, 16)}
     cells["attention"] = Cell(attention=True)
     return cells | {f"{name}+attention": Cell(name, options.get(name, {}), attention=True) for name in methods}
+
+
+# Of causal low-rank DINT, one setting changed at a time.
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "scale-variance": {"secondary_scale": "variance"},
+    "scale-standard": {"secondary_scale": "standard"},
+    "rank-1": {"rank": 1},
+    "rank-4": {"rank": 4},
+    "rank-32": {"rank": 32},
+    "lam-annealed": {"lam": "annealed"},
+    "lam-exponential": {"lam": "exponential"},
+    "lam-sigmoid": {"lam": "sigmoid"},
+    "lam-fixed-0.1": {"lam": "fixed"},
+}
