@@ -133,7 +133,10 @@ def build_layer(weights: Weights, *, noisy: bool, method: str = "none", **option
         num_heads=NUM_HEADS,
         num_kv_heads=NUM_HEADS,
         head_dim=HEAD_DIM,
-        **projections,
+        q_proj=projections["q_proj"],
+        k_proj=projections["k_proj"],
+        v_proj=projections["v_proj"],
+        output_proj=projections["output_proj"],
         method=build_method(method, shape, **options),
     )
 
@@ -144,19 +147,21 @@ def effective_map(layer: DifferentialSelfAttention, x: Tensor) -> Tensor:
 
     ``dex`` and ``diffv`` change features, not weights: theirs is ``A1``.
     """
+    ctx = _context(layer, x)
     b, n, _ = x.shape
-    shape = AttentionShape(layer.embed_dim, layer.num_heads, layer.num_kv_heads, layer.head_dim)
-    ctx = AttentionContext(
+    ctx.v = torch.eye(n, dtype=x.dtype).expand(b, layer.num_kv_heads, n, n)
+    return ctx.attend(ctx.q, ctx.k, ctx.v) if layer.method.name in ACTS_ON_FEATURES else layer.method(ctx)
+
+
+def _context(layer: DifferentialSelfAttention, x: Tensor) -> AttentionContext:
+    return AttentionContext(
         x,
-        shape=shape,
+        shape=AttentionShape(layer.embed_dim, layer.num_heads, layer.num_kv_heads, layer.head_dim),
         projections=Projections(layer.q_proj, layer.k_proj, layer.v_proj, layer.pos_embeddings),
-        layout=Layout(None, None, num_queries=n, batch_size=b),
+        layout=Layout(None, None, num_queries=x.shape[1], batch_size=x.shape[0]),
         cache=None,
         backend=layer.backend,
     )
-    ctx.v = torch.eye(n, dtype=x.dtype).expand(b, layer.num_kv_heads, n, n)
-    method = build_method("none", shape) if layer.method.name in ACTS_ON_FEATURES else layer.method
-    return method(ctx)
 
 
 @torch.no_grad()
@@ -198,6 +203,39 @@ def oracles(clean: DifferentialSelfAttention, noisy: DifferentialSelfAttention, 
         lam = (wrong * term).sum((0, 2, 3), True) / (term**2).sum((0, 2, 3), True)
         left[name] = float((wrong - lam * term).norm() / wrong.norm())
     return left
+
+
+@torch.no_grad()
+def second_map_resembles(
+    layer: DifferentialSelfAttention, clean: DifferentialSelfAttention, noisy: DifferentialSelfAttention, x: Tensor
+) -> dict[str, float] | None:
+    """Correlation of the second map's logits with ``ξ`` (``noise``) and with the ideal ones (``ideal``), each row's
+    mean taken off; None for a method without a second softmax map. Seed 002 expects them to learn ``ξ``."""
+    calls: list[tuple[Tensor, Tensor, float | None]] = []
+    ctx = _context(layer, x)
+    attend = ctx.attend
+
+    def recorded(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, bias: Tensor | None = None) -> Tensor:
+        calls.append((q, k, scale))
+        return attend(q, k, v, scale, bias)
+
+    ctx.attend = recorded  # type: ignore[method-assign]
+    layer.method(ctx)
+    if len(calls) < 2:
+        return None
+    q2, k2, _ = calls[1]  # a scale changes no correlation
+    ideal = _logits(clean, x)
+    second, xi, ideal = (_centred(t) for t in (q2 @ k2.transpose(-1, -2), _logits(noisy, x) - ideal, ideal))
+    return {
+        name: float((second * other).sum() / (second.norm() * other.norm()))
+        for name, other in (("noise", xi), ("ideal", ideal))
+    }
+
+
+def _centred(logits: Tensor) -> Tensor:
+    """Without the mean over a row's allowed keys, and 0 at the others."""
+    allowed = torch.ones_like(logits[0, 0]).tril()
+    return (logits - (logits * allowed).sum(-1, True) / allowed.sum(-1, True)) * allowed
 
 
 def _logits(layer: DifferentialSelfAttention, x: Tensor) -> Tensor:

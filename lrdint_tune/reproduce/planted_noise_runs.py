@@ -13,7 +13,16 @@ from torch import Tensor
 from lrdint_tune.adapters import LoRA, attach
 from lrdint_tune.attention import METHODS, DifferentialSelfAttention
 from lrdint_tune.attention.methods import method_options
-from lrdint_tune.reproduce.planted_noise import EMBED_DIM, Noise, build_layer, draw_weights, errors, oracles
+from lrdint_tune.reproduce.planted_noise import (
+    EMBED_DIM,
+    Noise,
+    Weights,
+    build_layer,
+    draw_weights,
+    errors,
+    oracles,
+    second_map_resembles,
+)
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "output_proj")
 HELD_OUT = 128  # sequences
@@ -59,7 +68,8 @@ def run_cell(cell: Cell, noise: Noise, seed: int, schedule: Schedule) -> dict[st
     The layer, its noise, the training data and the held-out inputs depend on the seed alone, so cells are paired.
 
     Returns:
-        ``left``: see :func:`~lrdint_tune.reproduce.planted_noise.errors`, on held-out inputs; ``trained``: numbers of
+        ``left``: see :func:`~lrdint_tune.reproduce.planted_noise.errors`, on held-out inputs; ``oracles`` and
+        ``resembles``: see the functions there; ``trained``: numbers of
         parameters; ``lambda``: final λ of each head, where it is no function of the token; ``losses``: of the training,
         the squared output error over that of the untouched layer, the first and the mean of the last ten.
     """
@@ -75,6 +85,7 @@ def run_cell(cell: Cell, noise: Noise, seed: int, schedule: Schedule) -> dict[st
     return {
         "left": errors(layer, clean, noisy, held_out),
         "oracles": oracles(clean, noisy, held_out),
+        "resembles": second_map_resembles(layer, clean, noisy, held_out),
         "trained": sum(p.numel() for p in trained),
         "lambda": _lambda(layer, held_out),
         "losses": [losses[0], sum(losses[-10:]) / len(losses[-10:])],
@@ -85,7 +96,7 @@ def run_cell(cell: Cell, noise: Noise, seed: int, schedule: Schedule) -> dict[st
     }
 
 
-def _layer(cell: Cell, weights: Any, schedule: Schedule) -> DifferentialSelfAttention:
+def _layer(cell: Cell, weights: Weights, schedule: Schedule) -> DifferentialSelfAttention:
     options = dict(cell.options)
     defaults = method_options(cell.method)
     if options.get("lam", defaults.get("lam")) == "annealed":
@@ -152,15 +163,18 @@ def default_cells() -> dict[str, Cell]:
     return cells | {f"{name}+attention": Cell(name, options.get(name, {}), attention=True) for name in methods}
 
 
-# Of causal low-rank DINT, one setting changed at a time.
-ABLATIONS: dict[str, dict[str, Any]] = {
-    "scale-variance": {"secondary_scale": "variance"},
-    "scale-standard": {"secondary_scale": "standard"},
-    "rank-1": {"rank": 1},
-    "rank-4": {"rank": 4},
-    "rank-32": {"rank": 32},
-    "lam-annealed": {"lam": "annealed"},
-    "lam-exponential": {"lam": "exponential"},
-    "lam-sigmoid": {"lam": "sigmoid"},
-    "lam-fixed-0.1": {"lam": "fixed"},
+# One setting changed at a time: of causal low-rank DINT, and the λ form of methods whose defaults differ in it.
+ABLATIONS: dict[str, Cell] = {
+    "dint scale-variance": Cell("dint", {"secondary_scale": "variance"}),
+    "dint scale-standard": Cell("dint", {"secondary_scale": "standard"}),
+    "dint rank-1": Cell("dint", {"rank": 1}),
+    "dint rank-4": Cell("dint", {"rank": 4}),
+    "dint rank-32": Cell("dint", {"rank": 32}),
+    "dint lam-annealed": Cell("dint", {"lam": "annealed"}),
+    "dint lam-exponential": Cell("dint", {"lam": "exponential"}),
+    "dint lam-sigmoid": Cell("dint", {"lam": "sigmoid"}),
+    "dint lam-fixed-0.1": Cell("dint", {"lam": "fixed"}),
+    "diff lam-annealed": Cell("diff", {"lam": "annealed"}),
+    "daa lam-learned": Cell("daa", {"lam": "learned"}),
+    "diffq lam-learned": Cell("diffq", {"lam": "learned"}),
 }

@@ -33,8 +33,8 @@ def runs() -> Iterator[tuple[str, Cell, Noise]]:
         for name, cell in cells.items():
             if not name.endswith("+attention") or noise in (STRONG, STRONG_EVEN):
                 yield name, cell, noise
-    for name, options in ABLATIONS.items():
-        yield f"dint {name}", Cell("dint", options), STRONG
+    for name, cell in ABLATIONS.items():
+        yield name, cell, STRONG
 
 
 def main() -> None:

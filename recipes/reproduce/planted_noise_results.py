@@ -87,13 +87,19 @@ def ceiling_table(records: dict[Key, list[dict]]) -> str:
 
 
 def ablation_table(records: dict[Key, list[dict]], output: dict, maps: dict) -> str:
-    lines = [row(["DINT", "trained", "output", "map", "final λ per head, seed by seed"]), "|" + "---|" * 5]
-    noise = ("bilinear", 4, 3.0)
-    for key in [("dint", *noise), *sorted(key for key in records if key[0].startswith("dint "))]:
-        lambdas = ["/".join(f"{v:+.2f}" for v in run["lambda"] or []) for run in records[key]]
-        name = key[0].removeprefix("dint ") if " " in key[0] else "default"
-        cells = [f"{records[key][0]['trained']:,}", text(output[key]), text(maps[key]), ", ".join(lambdas)]
-        lines.append(row([f"`{name}`", *cells]))
+    """Methods with a second map on one noise: their variants, λ, and what the second map learned."""
+    head = ["cell", "trained", "output", "map", "λ per head, seed by seed", "A2's logits with ξ", "with S_ideal"]
+    lines = [row(head), "|" + "---|" * len(head)]
+    for key in sorted(key for key in records if key[1:] == ("bilinear", 4, 3.0)):
+        found = records[key]
+        if found[0]["resembles"] is None or key[0].endswith("+attention"):
+            continue
+        lambdas = ["/".join(f"{v:+.2f}" for v in run["lambda"] or ()) for run in found]
+        cells = [f"`{key[0]}`", f"{found[0]['trained']:,}", text(output[key]), text(maps[key])]
+        cells.append(", ".join(filter(None, lambdas)))
+        for what in ("noise", "ideal"):
+            cells.append(f"{mean_estimate([run['resembles'][what] for run in found]).mean:+.2f}")
+        lines.append(row(cells))
     return "\n".join(lines)
 
 

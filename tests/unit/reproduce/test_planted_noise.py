@@ -16,6 +16,7 @@ from lrdint_tune.reproduce.planted_noise import (
     draw_weights,
     effective_map,
     errors,
+    second_map_resembles,
 )
 from lrdint_tune.reproduce.planted_noise_runs import Cell, Schedule, run_cell
 
@@ -68,6 +69,17 @@ def test_errors_are_one_for_the_untouched_layer_and_zero_for_the_clean_one():
     x = torch.randn(4, 16, 64, dtype=torch.float64)
     assert errors(noisy, clean, noisy, x) == {"output": 1, "map": 1}
     assert errors(clean, clean, noisy, x) == {"output": 0, "map": 0}
+
+
+def test_what_a_second_map_resembles():
+    weights, clean, noisy = layers(Noise("bilinear", 4, 3.0))
+    x = torch.randn(4, 16, 64, dtype=torch.float64)
+    assert second_map_resembles(noisy, clean, noisy, x) is None
+    # DAA's second map starts as the first, S_ideal + ξ: shares of its variance by their standard deviations 2 and 3.
+    daa = build_layer(weights, noisy=True, method="daa").double()
+    found = second_map_resembles(daa, clean, noisy, x)
+    assert found["noise"] == pytest.approx(3 / 13**0.5, abs=0.1)
+    assert found["ideal"] == pytest.approx(2 / 13**0.5, abs=0.1)
 
 
 def test_lora_removes_noise_of_the_weights_and_not_the_other():
