@@ -78,9 +78,7 @@ class _Maps:
                 dtype=x.dtype,
                 streams=attention.method.cached_streams,
             )
-            self.running = RunningState(
-                torch.zeros(b, heads, n, dtype=self.dtype), torch.zeros(b, dtype=self.dtype)
-            )
+            self.running = RunningState(torch.zeros(b, heads, n, dtype=self.dtype), torch.zeros(b, dtype=self.dtype))
         self._column_sums: Tensor | None = None
 
     def blocks(self) -> Iterator[MapRows]:
@@ -95,9 +93,7 @@ class _Maps:
             documents = part.documents_of_rows
             first_key = documents.begin.gather(1, documents.of_row)
             allowed = part.dense[:, 0] & part.counted[..., None]
-            yield MapRows(
-                effective.to(self.dtype), ctx.first_map, _widened(allowed, n), begin, part.counted, first_key
-            )
+            yield MapRows(effective.to(self.dtype), ctx.first_map, _widened(allowed, n), begin, part.counted, first_key)
 
     def column_sums(self) -> Tensor:
         """What each key receives from all rows of its document under ``A1``, ``[B, H, N]``."""

@@ -119,9 +119,7 @@ def probe_layers(
 
 
 @contextmanager
-def _watched(
-    model: LlamaDecoder, found: dict[int, LayerStatistics], top_k: int, heat_maps: Heads
-) -> Iterator[None]:
+def _watched(model: LlamaDecoder, found: dict[int, LayerStatistics], top_k: int, heat_maps: Heads) -> Iterator[None]:
     def watch(i: int) -> Any:
         def hook(attention: DifferentialSelfAttention, args: Any, kwargs: Any, output: Tensor) -> None:
             found[i] = _layer_statistics(attention, args[0], kwargs["mask"], top_k, heat_maps.get(i, ()))
