@@ -1,10 +1,11 @@
-"""Ablations of low-rank DINT and of LMAM, one setting changed at a time; `methods.py` has what they are compared with.
+"""Ablations of low-rank DINT and of LMAM, one setting changed at a time.
 
     python recipes/reproduce/ablations.py --preset stories260k --data_dir DATA --seeds 0 1 2
     python recipes/reproduce/ablations.py --preset smollm2_135m --data_dir DATA
     torchrun --nproc_per_node 8 recipes/reproduce/ablations.py --preset llama3_2_1b
 
-The first run, `default`, is causal DINT as it is when nothing is said. Finished runs are not repeated.
+Compared with the runs of `methods.py` that differ in that setting alone: `dint` (the default), `lmam`; DINT without its
+integral is `diff` there. Finished runs are not repeated.
 """
 
 from collections.abc import Iterator
@@ -15,7 +16,6 @@ from lrdint_tune.reproduce.runs import Experiment, Run, command_line
 RANKS = {"stories260k": (1, 2, 4)}  # 8 is the default and this model's head dim; larger ones elsewhere
 LARGER_RANKS = (1, 4, 16, 64)
 DINT: dict[str, dict[str, Any]] = {
-    "default": {},
     "scale-variance": {"secondary_scale": "variance"},
     "scale-standard": {"secondary_scale": "standard"},
     "lam-annealed-0.2": {"lam": "annealed", "lam_init": 0.2},
@@ -31,7 +31,6 @@ DINT: dict[str, dict[str, Any]] = {
 }
 # Seed 004 Table 9.
 LMAM: dict[str, dict[str, Any]] = {
-    "lmam": {},
     "lmam-not-N": {"inside_softmax": True},
     "lmam-not-S": {"softmax_map": True},
     "lmam-not-L": {"full_rank": True},
@@ -40,7 +39,7 @@ LMAM: dict[str, dict[str, Any]] = {
 # What a machine of two cores can decide on a real model; the cluster's presets run everything.
 FEW = {
     "smollm2_135m": (
-        "default rank-1 rank-64 scale-variance scale-standard lam-annealed-0.8 lam-exponential factors-shared".split()
+        "rank-1 rank-64 scale-variance scale-standard lam-annealed-0.8 lam-exponential factors-shared".split()
     )
 }
 
@@ -48,7 +47,6 @@ FEW = {
 def runs(preset: str) -> Iterator[Run]:
     cells = {name: {"method": "dint", **options} for name, options in DINT.items()}
     cells |= {f"rank-{r}": {"method": "dint", "rank": r} for r in RANKS.get(preset, LARGER_RANKS)}
-    cells["no-integral"] = {"method": "diff"}
     cells |= {name: {"method": "lmam", **options} for name, options in LMAM.items()}
     for name, options in cells.items():
         if name in FEW.get(preset, cells):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import pickle
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,78 @@ def consolidate(checkpoint: Path, output_dir: Path, *, checkpoint_dir: str | Non
             run's, or what is in the way was not saved by this package.
         NotSavedError: the results cannot be written.
     """
+    opened = open_checkpoint(checkpoint, checkpoint_dir=checkpoint_dir)
+    spec, config = opened.spec, opened.config
+    base = config["checkpointer"].get("base_model_name_or_path") or config["checkpointer"]["checkpoint_dir"]
+    try:
+        if not spec.is_stock:
+            save_adapter(
+                output_dir / "adapter",
+                opened.trained(),
+                spec,
+                dtypes=opened.dtypes(),
+                base_model_name_or_path=base,
+                trainable=config["trainable"],
+            )
+            log.info("saved %s", output_dir / "adapter")
+        save_hf_folder(
+            output_dir / "hf",
+            opened.tensors(),
+            spec,
+            dtype=file_dtype(config["dtype"]),
+            tokenizer_files_from=opened.source,
+        )
+        log.info("saved %s", output_dir / "hf")
+    except OSError as error:
+        raise NotSavedError(f"output_dir={str(output_dir)!r}: cannot be written ({error}); make room there") from None
+
+
+@dataclass(frozen=True)
+class OpenCheckpoint:
+    """A checkpoint, and the pretrained folder that holds what it does not.
+
+    Attributes:
+        path: the ``step-N`` folder.
+        spec: its model.
+        config: the run's keys.
+        source: the pretrained folder.
+        reader: of the checkpoint's tensors.
+        stored: state-dict name -> name in the checkpoint, of the model's tensors.
+    """
+
+    path: Path
+    spec: ModelSpec
+    config: dict[str, Any]
+    source: str
+    reader: CheckpointReader
+    stored: dict[str, str]
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """State-dict name -> dtype, of what was trained."""
+        return {name: self.reader.stored(key).properties.dtype for name, key in self.stored.items()}
+
+    def trained(self) -> Iterator[tuple[str, Tensor]]:
+        """(state-dict name, whole CPU tensor) of what was trained, one at a time."""
+        pairs = read_whole_tensors(self.reader, self.stored.values())
+        return ((name.removeprefix(MODEL), tensor) for name, tensor in pairs)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All tensors of the model, trained or not, one at a time."""
+        yield from self.trained()
+        yield from _frozen_tensors(self.source, self.spec, self.config, self.stored.keys())
+
+
+def open_checkpoint(checkpoint: Path, *, checkpoint_dir: str | None = None) -> OpenCheckpoint:
+    """Find a good checkpoint (see :func:`find_checkpoint`) and check that the pretrained weights are the run's.
+
+    Args:
+        checkpoint_dir: the pretrained weights; None: where the run found them.
+
+    Raises:
+        ConfigError: no such checkpoint, a damaged one, or other pretrained weights.
+    """
     path, manifest = find_checkpoint(checkpoint)
-    spec, config = ModelSpec(**manifest["spec"]), manifest["config"]
+    config = manifest["config"]
     source = checkpoint_dir or config["checkpointer"]["checkpoint_dir"]
     if weights_digest(source) != manifest["run"]["checkpoint_dir weights"]:
         raise ConfigError(
@@ -56,34 +127,7 @@ def consolidate(checkpoint: Path, output_dir: Path, *, checkpoint_dir: str | Non
         stored = {name.removeprefix(MODEL): name for name in sorted(reader.names) if name.startswith(MODEL)}
     except pickle.UnpicklingError as error:
         raise ConfigError(f"checkpoint={str(path)!r}: {error}; give a checkpoint of lrdint_tune") from None
-
-    def trained() -> Iterator[tuple[str, Tensor]]:
-        return ((name.removeprefix(MODEL), tensor) for name, tensor in read_whole_tensors(reader, stored.values()))
-
-    dtypes = {name: reader.stored(key).properties.dtype for name, key in stored.items()}
-    base = config["checkpointer"].get("base_model_name_or_path") or config["checkpointer"]["checkpoint_dir"]
-    try:
-        if not spec.is_stock:
-            save_adapter(
-                output_dir / "adapter",
-                trained(),
-                spec,
-                dtypes=dtypes,
-                base_model_name_or_path=base,
-                trainable=config["trainable"],
-            )
-            log.info("saved %s", output_dir / "adapter")
-        frozen = _frozen_tensors(source, spec, config, stored.keys())
-        save_hf_folder(
-            output_dir / "hf",
-            (pair for part in (trained(), frozen) for pair in part),
-            spec,
-            dtype=file_dtype(config["dtype"]),
-            tokenizer_files_from=source,
-        )
-        log.info("saved %s", output_dir / "hf")
-    except OSError as error:
-        raise NotSavedError(f"output_dir={str(output_dir)!r}: cannot be written ({error}); make room there") from None
+    return OpenCheckpoint(path, ModelSpec(**manifest["spec"]), config, source, reader, stored)
 
 
 def find_checkpoint(given: Path) -> tuple[Path, dict[str, Any]]:
