@@ -202,6 +202,30 @@ class Layout:
         """Of ``[B, tokens, ...]`` of the whole sequence the rows of this call."""
         return t[:, self.offset : self.offset + self.num_queries]
 
+    def part(self, begin: int, end: int) -> Layout:
+        """Rows ``begin`` to ``end`` of a whole sequence, as a call sees them that has the earlier rows in its cache, with
+        one difference: it knows where each document ends.
+
+        Raises:
+            ValueError: of a ``BlockMask``, an encoder's layout, or one that is part of a sequence itself.
+        """
+        if self._block is not None or self.shard is not None or self.offset or not self.causal:
+            raise ValueError("only whole causal sequences without a BlockMask can be taken apart")
+        rows = slice(begin, end)
+        documents = self.documents_of_rows
+        if self._dense is not None:
+            mask = self._dense[:, rows, :end]
+        else:
+            keys = torch.arange(end, device=self.device)
+            first = documents.begin.gather(1, documents.of_row[:, rows])  # [B or 1, rows]
+            mask = (keys >= first[..., None]) & (keys <= keys[rows, None])
+        positions = torch.arange(begin, end, device=self.device)[None]
+        if self.input_pos is not None:
+            positions = self.input_pos.view(-1, self.num_queries)[:, rows]
+        part = Layout(mask, positions, num_queries=end - begin, offset=begin, device=self.device)
+        part.documents_of_rows = documents._replace(of_row=documents.of_row[:, rows])
+        return part
+
     @property
     def is_plain_causal(self) -> bool:
         """True when a fused kernel's own causal flag says all there is to say."""

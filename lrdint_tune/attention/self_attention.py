@@ -70,6 +70,14 @@ class DifferentialSelfAttention(nn.Module):
         self.kv_cache: AttentionCache | None = None
         self.cache_enabled = False
 
+    @property
+    def shape(self) -> AttentionShape:
+        return AttentionShape(self.embed_dim, self.num_heads, self.num_kv_heads, self.head_dim)
+
+    @property
+    def projections(self) -> Projections:
+        return Projections(self.q_proj, self.k_proj, self.v_proj, self.pos_embeddings)
+
     def setup_cache(self, batch_size: int, dtype: torch.dtype, max_seq_len: int) -> None:
         """Allocate the cache: keys, values and the method's own streams ``[batch_size, K, max_seq_len, hd]`` in
         ``dtype``.
@@ -144,8 +152,8 @@ class DifferentialSelfAttention(nn.Module):
 
         ctx = AttentionContext(
             x,
-            shape=AttentionShape(self.embed_dim, self.num_heads, self.num_kv_heads, self.head_dim),
-            projections=Projections(self.q_proj, self.k_proj, self.v_proj, self.pos_embeddings),
+            shape=self.shape,
+            projections=self.projections,
             layout=layout,
             cache=cache,
             backend=self.backend,

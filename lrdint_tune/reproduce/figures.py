@@ -158,6 +158,21 @@ def grid_figure(
     plt.close(figure)
 
 
+def layer_figure(lines: dict[str, list[float]], file: Path, title: str, ylabel: str) -> None:
+    """One line per model over the layers; the first two (pretrained, control) are drawn bold."""
+    figure, axis = plt.subplots(figsize=(8, 4.5))
+    for place, (name, values) in enumerate(lines.items()):
+        style: dict[str, Any] = {"color": "black", "linewidth": 2.2} if place == 0 else {"linewidth": 1.2}
+        if place == 1:
+            style = {"color": "#555555", "linewidth": 2.2, "linestyle": "--"}
+        axis.plot(range(len(values)), values, label=name, **style)
+    axis.set_xlabel("layer")
+    axis.set_ylabel(ylabel)
+    axis.legend(fontsize=8, ncols=2)
+    axis.set_title(title, fontsize=10)
+    _save(figure, file)
+
+
 def _save(figure: Any, file: Path) -> None:
     figure.tight_layout()
     figure.savefig(file, dpi=110)

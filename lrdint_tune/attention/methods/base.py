@@ -70,7 +70,13 @@ class AttentionMethod(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, ctx: AttentionContext) -> Tensor:
-        """The attention output before ``output_proj``, ``[B, H, N, hd]``."""
+        """The attention output before ``output_proj``, ``[B, H, N, hd]``. The first map it attends with is ``A1``."""
+
+    def attention_map(self, ctx: AttentionContext) -> Tensor:
+        """The map ``M`` of ``out = M v``, for a context whose ``attend`` returns maps
+        (:mod:`~lrdint_tune.attention.probe`): the same formula, so :meth:`forward` itself. A method that acts on
+        values or features says here what is left of it without them."""
+        return self(ctx)
 
     def prepare(self, layout: Layout) -> None:  # noqa: B027  # most methods need no more than every layout has
         """Derive from ``layout``, once for all layers of a forward and outside of what is compiled, what

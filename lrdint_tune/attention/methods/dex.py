@@ -81,6 +81,9 @@ class Dex(DifferentialMethod):
             lam = lam * self.selected.view(-1, 1, 1).to(lam.dtype)
         return self.difference(o1, o1 @ self.w_dex, lam)
 
+    def attention_map(self, ctx: AttentionContext) -> Tensor:
+        return ctx.attend(ctx.q, ctx.k, ctx.v)  # W_DEX mixes features: no map
+
     def tensor_parallel_refusal(self, size: int) -> str | None:
         if self.by_entropy:
             return "heads='top_entropy': chooses among all heads, which tensor parallelism splits; use heads=all"

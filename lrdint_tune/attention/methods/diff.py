@@ -44,6 +44,6 @@ class Diff(SecondMap):
             )
         super().__init__(shape, rank, factors, scale_multiplier(secondary_scale, shape.head_dim), **options)
 
-    def forward(self, ctx: AttentionContext) -> Tensor:
+    def combined(self, ctx: AttentionContext) -> Tensor:
         o1 = ctx.attend(ctx.q, ctx.k, ctx.v)
-        return self.normalise(self.difference(o1, self.noise(ctx, ctx.k), self.lam(ctx.x)))
+        return self.difference(o1, self.noise(ctx, ctx.k), self.lam(ctx.x))

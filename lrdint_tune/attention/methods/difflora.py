@@ -66,11 +66,11 @@ class DiffLora(SecondMap):
             if lora is not None:
                 nn.init.zeros_(lora.up)
 
-    def forward(self, ctx: AttentionContext) -> Tensor:
+    def combined(self, ctx: AttentionContext) -> Tensor:
         if self.q1 is None or self.k1 is None:
             q1, k1 = ctx.q, ctx.k
         else:
             q1 = ctx.queries(ctx.project_q(ctx.x) + self.lora_scale * self.q1(ctx.x))
             k1 = ctx.keys(ctx.project_k(ctx.x) + self.lora_scale * self.k1(ctx.x), "k")
         o1, o2 = ctx.attend(q1, k1, ctx.v), self.noise(ctx, k1)
-        return self.normalise(self.difference(o1, o2, self.lam(ctx.x)))
+        return self.difference(o1, o2, self.lam(ctx.x))

@@ -27,3 +27,6 @@ class DiffV(InputMatrix):
         v1, v2 = ctx.project_v(ctx.x), ctx.project_v(self.transformed(ctx))  # [B, N, K, hd]
         v = self.difference(v1, v2, self.lam(ctx.x).transpose(-3, -2))
         return ctx.attend(ctx.q, ctx.k, ctx.values(v, "v"))
+
+    def attention_map(self, ctx: AttentionContext) -> Tensor:
+        return ctx.attend(ctx.q, ctx.k, ctx.v)  # the difference is one of values

@@ -67,12 +67,12 @@ class Dint(Diff):
     def leaks_future(cls, options: Mapping[str, Any]) -> bool:
         return options.get("integral") == "sequence"
 
-    def forward(self, ctx: AttentionContext) -> Tensor:
+    def combined(self, ctx: AttentionContext) -> Tensor:
         o1, o2 = ctx.attend(ctx.q, ctx.k, ctx.v), self.noise(ctx, ctx.k)
         lam = self.lam(ctx.x)
         self.observe(o1, o2)
         if self.sign > 0:
             o2 = -o2
         if self.literal:
-            return self.normalise(o1 + lam * (ctx.document_mean(o1) - o2))
-        return self.normalise(ctx.integral(o1, o2, lam))
+            return o1 + lam * (ctx.document_mean(o1) - o2)
+        return ctx.integral(o1, o2, lam)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from typing import Any
 
 from torch import Tensor, nn
@@ -79,6 +80,16 @@ class SecondMap(DifferentialMethod):
 
     def differs_at_start(self) -> list[str]:
         return super().differs_at_start() + ([] if self.norm is None else ["sublayer_norm normalises the output"])
+
+    def forward(self, ctx: AttentionContext) -> Tensor:
+        return self.normalise(self.combined(ctx))
+
+    @abstractmethod
+    def combined(self, ctx: AttentionContext) -> Tensor:
+        """The output before the sublayer norm, ``[B, H, N, hd]``."""
+
+    def attention_map(self, ctx: AttentionContext) -> Tensor:
+        return self.combined(ctx)  # the norm is over features
 
     def noise(self, ctx: AttentionContext, k1: Tensor) -> Tensor:
         """``O2 = A2 v``, ``[B, H, N, hd]``; ``k1`` ``[B, K, M, hd]`` are the first map's keys."""
