@@ -5,10 +5,13 @@ Needs the optional extra: ``pip install 'lrdint-tune[lm-eval]'``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import yaml
 
 from lrdint_tune.errors import ConfigError
 from lrdint_tune.evaluation.measured import Measured, Values
@@ -16,9 +19,11 @@ from lrdint_tune.evaluation.scoring import Scorer
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
+    from lm_eval.tasks import TaskManager
 
 # Our names of tasks that have another one there.
 NAMES = {"siqa": "social_iqa", "lambada": "lambada_openai"}
+BOOTSTRAP = 1000  # resamples, for the standard errors that lm-eval takes from them
 # Of lm-eval's metrics those that are a mean over items of the number that its log has for each.
 _PER_ITEM = ("acc", "acc_norm", "exact_match")
 
@@ -79,18 +84,19 @@ def measure_with_lm_eval(scorer: Scorer, task: str, file: str | None, limit: int
     """
     require_lm_eval()
     import lm_eval
-    from lm_eval.tasks import TaskManager
 
     name = NAMES.get(task, task)
-    manager = TaskManager()
+    manager = _all_tasks()
     if name not in manager.all_subtasks:
         raise ConfigError(f"task={task!r}: lm-eval {lm_eval.__version__} has no task {name!r}; check the name")
-    chosen: Any = name if file is None else _from_file(name, file)
-    seeds = {key: seed for key in ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")}
+    seeds = {f"{kind}_seed": seed for kind in ("random", "numpy_random", "torch_random", "fewshot_random")}
+    options = {"task_manager": manager, "limit": limit, "log_samples": True, "bootstrap_iters": BOOTSTRAP, **seeds}
     try:
-        outcome = lm_eval.simple_evaluate(
-            model=as_lm(scorer), tasks=[chosen], task_manager=manager, limit=limit, log_samples=True, **seeds
-        )
+        with tempfile.TemporaryDirectory() as folder:
+            chosen = name
+            if file is not None:
+                chosen = _write_task(Path(folder), name, str(manager.task_index[name].yaml_path), file)
+            outcome = lm_eval.simple_evaluate(model=as_lm(scorer), tasks=[chosen], **options)
     except (OSError, ValueError, KeyError, ImportError) as error:  # the hub's errors are OSErrors
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         where = "from the hub" if file is None else f"from file={file!r}"
@@ -105,14 +111,26 @@ def measure_with_lm_eval(scorer: Scorer, task: str, file: str | None, limit: int
     return Measured(items, details={"lm_eval": reported, "lm_eval_version": version("lm_eval")})
 
 
-def _from_file(name: str, file: str) -> dict[str, Any]:
-    """lm-eval's own task with other data: the file stands for whatever split it evaluates."""
-    splits: Sequence[str] = ("training_split", "validation_split")
-    return {
+@functools.cache
+def _all_tasks() -> TaskManager:
+    """lm-eval's list of its tasks, which takes seconds to read."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def _write_task(folder: Path, name: str, included: str, file: str) -> str:
+    """The path of a YAML file with lm-eval's own task on other data, which stand for whatever split it evaluates."""
+    task = {
+        "include": included,
         "task": name,
         "dataset_path": "json",
         "dataset_name": None,
         "dataset_kwargs": {"data_files": {"test": str(Path(file).resolve())}},
+        "training_split": None,
+        "validation_split": None,
         "test_split": "test",
-        **dict.fromkeys(splits),
     }
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(task), encoding="utf-8")
+    return str(path)

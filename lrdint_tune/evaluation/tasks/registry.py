@@ -22,8 +22,11 @@ from lrdint_tune.training.config import check_choice, load_config
 class Task(Protocol):
     """An entry of ``tasks``, a dataclass of its options."""
 
-    task: str
-    name: str | None
+    @property
+    def task(self) -> str: ...
+
+    @property
+    def name(self) -> str | None: ...
 
     def files(self) -> list[str]: ...
 
