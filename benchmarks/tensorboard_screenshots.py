@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import io
 import json
 import os
 import shutil
@@ -24,6 +25,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
+
+from PIL import Image
 
 # Tab -> what follows TensorBoard's address, and the page's width and height in pixels.
 TABS = {
@@ -170,7 +173,8 @@ def main() -> None:
                 browser.picture(seconds=3)
                 browser.call("Runtime.evaluate", expression=OPEN_CATEGORIES)
                 file = args.out / f"tensorboard_{tab}.png"
-                file.write_bytes(browser.picture(seconds=3))
+                with Image.open(io.BytesIO(browser.picture(seconds=3))) as picture:
+                    picture.convert("RGB").quantize(128).save(file, optimize=True)
                 print(file, file.stat().st_size, "bytes")
         finally:
             browser.close()

@@ -18,8 +18,8 @@ from lrdint_tune.models.decoder import LlamaDecoder
 
 log = logging.getLogger(__name__)
 
-# Of a task's settings, what may differ between results that are still those of the same items.
-_PLACES = ("file",)
+# Of a task's settings, where its files are and how they are read: what is in them has a digest.
+_PLACES = ("file", "haystack", "data_files", "cache_dir", "num_proc", "packed")
 
 
 def evaluate_model(
@@ -123,12 +123,18 @@ def compare(ours: Mapping[str, Any], baseline: Mapping[str, Any], *, seed: int =
                     f"baseline: {name} has {key}={theirs.get(key)!r} there and {mine.get(key)!r} here; measure both "
                     "on the same items"
                 )
-        differences[name] = {
-            metric: paired_bootstrap(values["values"], other["items"][metric]["values"], values["counts"], seed=seed)
-            for metric, values in result["items"].items()
-        }
+        differences[name] = {}
+        for metric, values in result["items"].items():
+            there = other["items"][metric]
+            if values["counts"] != there["counts"] or len(values["values"]) != len(there["values"]):
+                raise ConfigError(
+                    f"baseline: {name} has other items or other tokens there; measure both on the same data, with the "
+                    "same tokenizer"
+                )
+            differences[name][metric] = paired_bootstrap(values["values"], there["values"], values["counts"], seed=seed)
     return differences
 
 
 def _items_of(task_settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in task_settings.items() if key not in _PLACES}
+    kept = {key: value for key, value in task_settings.items() if key not in _PLACES}
+    return {key: _items_of(value) if isinstance(value, dict) else value for key, value in kept.items()}

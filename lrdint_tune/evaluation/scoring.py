@@ -69,6 +69,15 @@ class Scorer:
         """Token ids of ``text``, with BOS if the tokenizer adds it by itself."""
         return self._encoder.prefix + self._encoder.piece(text)
 
+    def encode_more(self, text: str) -> list[int]:
+        """Token ids of ``text`` where something stands before it."""
+        return self._encoder.piece(text)
+
+    @property
+    def prefix(self) -> list[int]:
+        """What the tokenizer by itself puts before a text: BOS or nothing."""
+        return self._encoder.prefix
+
     def encode_pair(self, context: str, continuation: str) -> TokenPair:
         """Token ids of both parts of ``context + continuation``.
 
@@ -123,13 +132,21 @@ class Scorer:
             self.progress(len(indices))
         return [scores[i] for i in range(len(pairs))]
 
-    def rolling_windows(self, ids: Sequence[int]) -> list[TokenPair]:
-        """A long text cut into windows of ``max_seq_len`` so that each of its tokens is predicted once.
+    def rolling_windows(self, ids: Sequence[int], window: int | None = None) -> list[TokenPair]:
+        """A long text cut into windows so that each of its tokens is predicted once.
 
         The first window starts from :attr:`start_id`, each later one from the last token of the window before it;
         the last window is filled up with context on its left. These are lm-eval's windows.
+
+        Args:
+            window: tokens that the model sees at once; None: ``max_seq_len``.
+
+        Raises:
+            ConfigError: more than ``max_seq_len``.
         """
-        size, windows = self.max_seq_len, []
+        size, windows = window or self.max_seq_len, []
+        if size > self.max_seq_len:
+            raise ConfigError(f"window={size}: more than max_seq_len={self.max_seq_len}; lower it")
         given = [self.start_id, *ids]  # given[i] stands before ids[i]
         for begin in range(0, len(ids), size):
             end = min(begin + size, len(ids))

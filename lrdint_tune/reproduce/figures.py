@@ -10,6 +10,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
 
 from lrdint_tune.evaluation.statistics import Difference
@@ -29,11 +30,12 @@ def leak_figure(results: Results, file: Path, title: str, *, floor: float | None
         floor: entropy of the data in nats per token, where it is known.
     """
     figure, axes = plt.subplots(3, 2, figsize=(10, 9.5), sharex="col", squeeze=False)
+    axes[2, 1].sharey(axes[2, 0])
     for column, n in enumerate(LENGTHS):
         records = {name: list(results.get(f"{name}-n{n}", {}).values()) for name in COLOURS}
         records = {name: found for name, found in records.items() if found}
         train, held_out, leak = axes[:, column]
-        train.set_title(f"N = {n} ({max(map(len, records.values()), default=0)} seeds)")
+        train.set_title(f"N = {n} ({max(map(len, records.values()), default=0)} seed(s))")
         for name, found in records.items():
             steps = len(found[0]["curves"]["loss_metrics/global_avg_loss"])
             style: dict[str, Any] = {"color": COLOURS[name], "label": LABELS[name]}
@@ -45,6 +47,7 @@ def leak_figure(results: Results, file: Path, title: str, *, floor: float | None
             _prefix_wise(held_out, records["literal"], label=label, color=COLOURS["literal"])
             style = {"color": COLOURS["literal"], "linestyle": ":", "label": "DINT as printed, training rows"}
             _line(leak, records["literal"], "training_rows/leak", **style)
+        _without_the_start(held_out)
         leak.axhline(0, color="black", linewidth=0.6)
         leak.set_xlabel("optimizer step")
         for axis in (train, held_out):
@@ -64,6 +67,15 @@ def leak_figure(results: Results, file: Path, title: str, *, floor: float | None
         axis.legend(fontsize=8)
     figure.suptitle(title)
     _save(figure, file)
+
+
+def _without_the_start(axis: Axes) -> None:
+    """The first point is the untrained model's, the same for all and far above the others: not in the range."""
+    points = np.concatenate([np.asarray(line.get_xydata(), np.float64) for line in axis.lines]).tolist()
+    later = [y for x, y in points if x > 0]
+    if later:
+        margin = 0.1 * (max(later) - min(later)) + 1e-3
+        axis.set_ylim(min(later) - margin, max(later) + margin)
 
 
 def _prefix_wise(axis: Axes, records: list[dict[str, Any]], **style: Any) -> None:
@@ -144,6 +156,21 @@ def grid_figure(
         figure.colorbar(image, ax=axes, shrink=0.8)
     figure.savefig(file, dpi=110)
     plt.close(figure)
+
+
+def layer_figure(lines: dict[str, list[float]], file: Path, title: str, ylabel: str) -> None:
+    """One line per model over the layers; the first two (pretrained, control) are drawn bold."""
+    figure, axis = plt.subplots(figsize=(8, 4.5))
+    for place, (name, values) in enumerate(lines.items()):
+        style: dict[str, Any] = {"color": "black", "linewidth": 2.2} if place == 0 else {"linewidth": 1.2}
+        if place == 1:
+            style = {"color": "#555555", "linewidth": 2.2, "linestyle": "--"}
+        axis.plot(range(len(values)), values, label=name, **style)
+    axis.set_xlabel("layer")
+    axis.set_ylabel(ylabel)
+    axis.legend(fontsize=8, ncols=2)
+    axis.set_title(title, fontsize=10)
+    _save(figure, file)
 
 
 def _save(figure: Any, file: Path) -> None:

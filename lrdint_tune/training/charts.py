@@ -13,17 +13,12 @@ from lrdint_tune.training.config import RunConfig
 # What a run records -> category -> title of a chart -> its tags; a name with a slash at its end stands for one curve a
 # layer. No tag with parentheses: TensorBoard 2.21 takes what is in them for the name of a run, and draws nothing.
 CHARTS: dict[str, dict[str, dict[str, list[str]]]] = {
-    "always": {
+    "loss": {
         "loss": {
             "training": ["loss_metrics/global_avg_loss"],
             "held out, teacher-forced": ["validation_metrics/loss"],
+            "norm of the gradient": ["grad_norm"],
         },
-        "throughput": {
-            "tokens per second": ["throughput/tokens_per_second"],
-            "seconds per step": ["throughput/seconds_per_step"],
-            "TFLOP/s per device": ["tflops", "tflops_causal"],
-        },
-        "gradient": {"norm": ["grad_norm"]},
     },
     "leak": {
         "leak": {
@@ -44,15 +39,23 @@ CHARTS: dict[str, dict[str, dict[str, list[str]]]] = {
         "‖O2‖/‖O1‖ per layer": {"ratio of norms": ["o2_o1_ratio/"]},
         "gradient of the new tensors per layer": {"norm": ["adapter_grad_norm/"]},
     },
+    "rates": {
+        "throughput": {
+            "tokens per second": ["throughput/tokens_per_second"],
+            "seconds per step": ["throughput/seconds_per_step"],
+            "TFLOP/s per device": ["tflops", "tflops_causal"],
+        },
+    },
 }
 
 
 def charts_of(cfg: RunConfig) -> list[str]:
     """The keys of ``CHARTS`` for what a run with that config records."""
     recorded = {
-        "always": True,
+        "loss": True,
         "leak": getattr(cfg, "prefix_wise_positions", None) is not None,  # a key of the FSDP2 recipe alone
         "method": cfg.model.get("method", "none") != "none",
+        "rates": True,
     }
     return [name for name, is_recorded in recorded.items() if is_recorded]
 

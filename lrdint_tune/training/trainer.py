@@ -19,7 +19,6 @@ from torch.profiler import record_function
 from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
 
 from lrdint_tune.errors import ConfigError, DataLostError
-from lrdint_tune.evaluation.nll import measure_leak
 from lrdint_tune.models.decoder import LlamaDecoder, is_method_tensor
 from lrdint_tune.models.hf import check_hf_config, weights_digest
 from lrdint_tune.training import startup
@@ -37,7 +36,7 @@ from lrdint_tune.training.components import (
 from lrdint_tune.training.config import TrainConfig
 from lrdint_tune.training.data import Batch, BatchLoader, raise_everywhere, together
 from lrdint_tune.training.flops import training_flops_per_token
-from lrdint_tune.training.forward import held_out_nll, model_inputs, summed_loss
+from lrdint_tune.training.forward import model_inputs, summed_loss
 from lrdint_tune.training.gradients import diagnostics
 from lrdint_tune.training.hardware import device_peak
 from lrdint_tune.training.hparams import hyperparameters
@@ -56,6 +55,7 @@ from lrdint_tune.training.results import write_results
 from lrdint_tune.training.schedule import learning_rates, restore_schedule, schedule_state
 from lrdint_tune.training.trainable import optimizer_groups, parameter_table, set_trainable
 from lrdint_tune.training.updates import build_updates
+from lrdint_tune.training.validation import held_out_nll, leak_values
 from lrdint_tune.training.weights import file_spec, initial_method_state, load_weights, materialise, pretrained_tensors
 from lrdint_tune.training.world import World
 
@@ -435,34 +435,19 @@ class Trainer:
         values = {"validation_metrics/loss": nll}
         message = f"step {self.step}: held-out NLL {nll:.4f} nats per token"
         if self.cfg.prefix_wise_positions:
-            values |= self.leak_values()
+            self.pulse.enter("prefix-wise validation", self.step, watch=True)
+            values |= leak_values(
+                self.model,
+                cast(BatchLoader, self.loader_val),
+                self.loader,
+                self.world,
+                positions=self.cfg.prefix_wise_positions,
+                between=self._between_validation_batches,
+            )
             message += f", {values['validation_metrics/leak']:+.4f} when predicted from prefixes alone"
         progress.message(message)
         if recorder is not None:
             recorder.log(values, self.step)
-
-    def leak_values(self) -> dict[str, float]:
-        """``prefix_wise_positions`` positions of held-out and of training rows, predicted from their prefixes alone:
-        NLL so, the teacher-forced NLL of the same, and their difference (the leak) with its standard error."""
-        assert self.loader_val is not None and self.cfg.prefix_wise_positions is not None
-        self.pulse.enter("prefix-wise validation", self.step, watch=True)
-        self.model.enable_diagnostics(False)
-        values: dict[str, float] = {}
-        for group, loader in (("validation_metrics", self.loader_val), ("training_rows", self.loader)):
-            leak = measure_leak(
-                self.model,
-                loader.dataset.documents(),
-                positions=self.cfg.prefix_wise_positions,
-                device=self.world.device,
-                between=self._between_validation_batches,
-            )
-            values |= {
-                f"{group}/prefix_wise_loss": leak.prefix_wise.mean,
-                f"{group}/teacher_forced_loss": leak.teacher_forced.mean,
-                f"{group}/leak": leak.gap.mean,
-                f"{group}/leak_stderr": leak.gap.stderr,
-            }
-        return values
 
     def _open_recorder(self) -> TensorBoardLogger | None:
         if not self.world.is_main:

@@ -21,7 +21,7 @@ VARIANTS = {
 # By preset: tokens a step, steps, and positions that are predicted from their prefix alone (of the literal form; of the
 # others, which have no difference to show). What is missing is as for stories260k.
 TOKENS_PER_STEP = {"smollm2_135m": 256}
-STEPS = {"smollm2_135m": {64: 120, 256: 45}}
+STEPS = {"smollm2_135m": {64: 100, 256: 30}}
 POSITIONS = {"letters": (512, 128), "smollm2_135m": (128, 32)}
 
 

@@ -12,7 +12,10 @@ import math
 import re
 from pathlib import Path
 
-from lrdint_tune.reproduce.figures import LENGTHS, difference_figure, leak_figure
+import numpy as np
+
+from lrdint_tune.evaluation.statistics import paired_bootstrap
+from lrdint_tune.reproduce.figures import LENGTHS, difference_figure, grid_figure, layer_figure, leak_figure
 from lrdint_tune.reproduce.results import (
     Results,
     difference,
@@ -59,6 +62,11 @@ def main() -> None:
                 f"{TITLES.get(preset, preset)}, {max(map(len, results.values()))} seed(s)",
                 f"held-out NLL minus that of {baseline}, nats per token (95 % interval)",
             )
+    for folder in sorted((options.results_dir / "retrieval").glob("*")):
+        records = {file.stem: json.loads(file.read_text()) for file in folder.glob("*.json")}
+        records = {name: records[name] for name in sorted(records, key=lambda n: (n != "base", n != "none", n))}
+        tables[f"retrieval {folder.name}"] = retrieval_table(records)
+        retrieval_figures(records, options.results_dir, folder.name)
     write_tables(options.document, tables)
 
 
@@ -112,6 +120,62 @@ def comparison_table(results: Results, baseline: str, ratios: dict) -> str:
             cells.append("" if ratio is None else f"{ratio['median']:.2f} ({ratio['flops']:.2f})")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+MAP_STATISTICS = {
+    "entropy": "row entropy, nats",
+    "first_token_mass": "first-token mass",
+    "negative_share": "negative weights",
+    "noise_to_signal": "noise to signal",
+}
+
+
+def retrieval_table(records: dict[str, dict]) -> str:
+    """Needle retrieval, and the mean over layers and heads of what the probe says about the effective maps."""
+    base = "none" if "none" in records else next(iter(records))
+    head = ["model", "needle accuracy", f"minus `{base}` (95 %)", "exact", "NLL of the word", *MAP_STATISTICS.values()]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    compared = np.array(records[base]["needle"]["items"]["acc"]["values"])
+    for name, record in records.items():
+        metrics = record["needle"]["metrics"]
+        change = paired_bootstrap(np.array(record["needle"]["items"]["acc"]["values"]), compared)
+        cells = [f"`{name}`", f"{metrics['acc']['mean']:.3f} ± {metrics['acc']['stderr']:.3f}"]
+        cells.append("" if name == base else described(change))
+        cells += [f"{metrics['exact']['mean']:.3f}", f"{metrics['nll']['mean']:.3f}"]
+        for statistic in MAP_STATISTICS:
+            values = [layer["effective"][statistic] for layer in record["attention"]["layers"]]
+            cells.append(f"{np.mean(values):.3f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def retrieval_figures(records: dict[str, dict], folder: Path, preset: str) -> None:
+    details = {name: record["needle"]["details"] for name, record in records.items()}
+    first = next(iter(details.values()))
+    lengths = sorted({cell["length"] for cell in first["cells"]})
+    depths = sorted({cell["depth"] for cell in first["cells"]})
+    grids = {}
+    for name, detail in details.items():
+        found = {(cell["length"], cell["depth"]): cell["acc"]["mean"] for cell in detail["cells"]}
+        grids[name] = [[found[length, depth] for depth in depths] for length in lengths]
+    grid_figure(
+        grids,
+        lengths,
+        [f"{100 * depth:.0f}" for depth in depths],
+        folder / f"retrieval_{preset}.png",
+        title=f"{TITLES.get(preset, preset)}: needle retrieval (chance {first['chance']:.2f})",
+        chance=first["chance"],
+    )
+    entropies = {
+        name: [float(np.mean(layer["effective"]["entropy"])) for layer in record["attention"]["layers"]]
+        for name, record in records.items()
+    }
+    layer_figure(
+        entropies,
+        folder / f"entropy_{preset}.png",
+        f"{TITLES.get(preset, preset)}: entropy of the rows of the effective maps",
+        "nats, mean over heads",
+    )
 
 
 def described(change) -> str:

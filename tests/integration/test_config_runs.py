@@ -16,7 +16,7 @@ from tests.conftest import shared_data_folder
 from tests.distributed.harness import run_recipe
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
-FILES = [f for f in CONFIGS if "model" in yaml.safe_load(f.read_text())]  # the others train nothing
+FILES = [f for f in CONFIGS if "dataset" in yaml.safe_load(f.read_text())]  # the others train nothing
 LLAMAS = [f for f in FILES if "lrdint_tune.models." in yaml.safe_load(f.read_text())["model"]["_component_"]]
 STEPS = 5
 LENGTH = 192

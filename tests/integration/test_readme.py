@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 import lrdint_tune.models
 from lrdint_tune.consolidate import ConsolidateConfig
+from lrdint_tune.evaluate import EvaluateConfig
 from lrdint_tune.models import llama3_2
 from lrdint_tune.planning.options import PlanOptions
 from lrdint_tune.training.config import load_config
@@ -50,6 +51,9 @@ def test_commands_with_a_config(command: str) -> None:
     overrides = [w for w in words[words.index("--config") + 2 :] if "=" in w]
     if recipe.endswith("consolidate"):
         load_config(OmegaConf.merge(config, OmegaConf.from_dotlist(overrides)), ConsolidateConfig)
+        return
+    if recipe.endswith("evaluate"):
+        load_config(OmegaConf.merge(config, OmegaConf.from_dotlist(overrides)), EvaluateConfig)
         return
     if recipe.endswith("plan"):
         own = [w for w in overrides if w.split("=")[0] in {f.name for f in dataclasses.fields(PlanOptions)}]

@@ -8,19 +8,27 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lrdint_tune.errors import ConfigError
+from lrdint_tune.evaluation.lm_eval_bridge import measure_with_lm_eval, require_lm_eval
 from lrdint_tune.evaluation.measured import Measured
+from lrdint_tune.evaluation.needle import NeedleTask
 from lrdint_tune.evaluation.scoring import Scorer
+from lrdint_tune.evaluation.tasks.held_out import LongTextTask, NllTask
 from lrdint_tune.evaluation.tasks.lambada import measure_lambada
 from lrdint_tune.evaluation.tasks.multiple_choice import TASKS as MULTIPLE_CHOICE
 from lrdint_tune.training.checkpoint.manifest import digest_of
-from lrdint_tune.training.config import load_config
+from lrdint_tune.training.config import check_choice, load_config
 
 
 class Task(Protocol):
     """An entry of ``tasks``, a dataclass of its options."""
 
-    task: str
-    name: str | None
+    @property
+    def task(self) -> str: ...
+
+    @property
+    def name(self) -> str | None: ...
+
+    def files(self) -> list[str]: ...
 
     def measure(self, scorer: Scorer, seed: int) -> Measured: ...
 
@@ -31,29 +39,48 @@ class FileTask:
 
     Attributes:
         task: its name.
-        file: the JSONL file.
+        file: the JSONL file; with ``source: lm_eval`` None is the hub's data.
         limit: only the first so many items.
         name: under which the results stand; None: the task's name.
+        source: ``file``: prompts and metrics are this package's own, ``lm_eval``: those of the installed lm-eval.
     """
 
     task: str
-    file: str
+    file: str | None = None
     limit: int | None = None
     name: str | None = None
+    source: str = "file"
 
     def __post_init__(self) -> None:
-        if not Path(self.file).is_file():
+        check_choice("source", self.source, SOURCES)
+        if self.source == "lm_eval":
+            require_lm_eval()
+        elif self.file is None:
+            raise ConfigError("file: missing; give a JSONL file, or source: lm_eval for the hub's data")
+        if self.file is not None and not Path(self.file).is_file():
             raise ConfigError(f"file={self.file!r}: no such file; give a JSONL file")
         if self.limit is not None and self.limit < 2:
             raise ConfigError(f"limit={self.limit}: must be at least 2, for a standard error")
 
+    def files(self) -> list[str]:
+        return [] if self.file is None else [self.file]
+
     def measure(self, scorer: Scorer, seed: int) -> Measured:
+        if self.source == "lm_eval":
+            return measure_with_lm_eval(scorer, self.task, self.file, self.limit, seed)
+        assert self.file is not None  # checked above
         if self.task == "lambada":
             return measure_lambada(scorer, self.file, self.limit)
         return MULTIPLE_CHOICE[self.task].measure(scorer, self.file, self.limit)
 
 
-KINDS: dict[str, type[Any]] = dict.fromkeys([*MULTIPLE_CHOICE, "lambada"], FileTask)
+SOURCES = ("file", "lm_eval")
+KINDS: dict[str, type[Any]] = {
+    **dict.fromkeys([*MULTIPLE_CHOICE, "lambada"], FileTask),
+    "wikitext": LongTextTask,
+    "nll": NllTask,
+    "needle": NeedleTask,
+}
 
 
 def build_tasks(entries: Sequence[Any]) -> dict[str, Task]:
@@ -67,10 +94,12 @@ def build_tasks(entries: Sequence[Any]) -> dict[str, Task]:
         where = f"tasks[{number}]"
         if not isinstance(entry, dict) or "task" not in entry:
             raise ConfigError(f"{where}={entry!r}: has no task; give one of {', '.join(KINDS)}")
-        if entry["task"] not in KINDS:
+        # lm-eval has tasks of its own beyond these.
+        from_lm_eval = entry.get("source") == "lm_eval"
+        if entry["task"] not in KINDS and not from_lm_eval:
             raise ConfigError(f"{where}.task={entry['task']!r}: unknown; choose from {', '.join(KINDS)}")
         try:
-            task = load_config(entry, KINDS[entry["task"]])
+            task = load_config(entry, FileTask if from_lm_eval else KINDS[entry["task"]])
         except ConfigError as error:
             raise ConfigError(f"{where}, {entry['task']}: {error}") from None
         name = task.name or task.task
@@ -81,6 +110,7 @@ def build_tasks(entries: Sequence[Any]) -> dict[str, Task]:
 
 
 def settings(task: Task) -> dict[str, Any]:
-    """What the numbers of a task depend on, as JSON values: its options, and a digest of its file."""
+    """What the numbers of a task depend on, as JSON values: its options, and digests of its local files."""
     options = {key: value for key, value in asdict(task).items() if key != "name"}  # type: ignore[call-overload]
-    return options | ({"file_digest": digest_of(Path(options["file"]))} if "file" in options else {})
+    digests = [digest_of(Path(file)) for file in task.files() if Path(file).is_file()]
+    return options | {"digests": digests}

@@ -6,7 +6,9 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lrdint_tune.errors import ConfigError
@@ -142,6 +144,22 @@ def test_full_from_the_beginning(disk: Path, caplog: pytest.LogCaptureFixture) -
     assert sorted(path.name.split(".")[0] for path in logs.iterdir()) == ["events", "events", "metrics"]
 
 
+def test_new_run_on_a_full_disk(disk: Path) -> None:
+    """It takes the place of the earlier one, once it can write."""
+    write(disk / "logs", 0, range(0, 6), 1.0)
+    filler = fill(disk)
+    logger = TensorBoardLogger(str(disk / "logs"))
+    logger.open(resumed_step=0)
+    logger.log({"loss": 2.0}, 0)
+    filler.unlink()
+    logger.log_images({"map": np.zeros((8, 8, 3), np.uint8)}, 1)
+    logger.log_histograms({"entropy": torch.ones(3)}, 1)
+    logger.close()
+    assert recorded(disk / "logs") == logger.history("loss") == [(0, 2.0)]
+    tags = EventAccumulator(str(disk / "logs")).Reload().Tags()
+    assert (tags["images"], tags["histograms"]) == (["map"], ["entropy"])
+
+
 def test_full_to_the_end(disk: Path, caplog: pytest.LogCaptureFixture) -> None:
     logger = TensorBoardLogger(str(disk / "logs"))
     fill(disk)
@@ -168,5 +186,7 @@ def test_log_dir_that_cannot_be(tmp_path: Path) -> None:
     for path in (tmp_path / "file", tmp_path / "file" / "logs"):
         with pytest.raises(ConfigError, match=r"metric_logger.log_dir='.*': .*file is no folder; choose another"):
             TensorBoardLogger(str(path)).check()
+        with pytest.raises(ConfigError, match=r"metric_logger.events_dir='.*': .*; choose another events_dir"):
+            TensorBoardLogger(str(tmp_path / "logs"), str(path)).check()
     TensorBoardLogger(str(tmp_path / "new" / "logs")).check()
     assert not (tmp_path / "new").exists()

@@ -1,0 +1,111 @@
+"""Figure and tables of docs/planted_noise.md, from the JSON files of planted_noise.py alone.
+
+    python recipes/reproduce/planted_noise_results.py --output_dir output/planted_noise
+
+Writes docs/planted_noise.png, and the tables between the markers `<!-- name -->` and `<!-- end name -->` of
+docs/planted_noise.md. Intervals are 95 % over seeds (Student's t).
+"""
+
+import argparse
+import json
+import math
+from collections import defaultdict
+from pathlib import Path
+
+from results import write_tables
+
+from lrdint_tune.evaluation.statistics import Estimate, mean_estimate
+from lrdint_tune.reproduce.planted_noise_figure import noise_figure
+
+# Student's t at 97.5 %, by the number of seeds; more seeds take the last, which is a little wide.
+T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+
+Key = tuple[str, str, int, float]  # cell, kind, rank, strength
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("output/planted_noise"))
+    parser.add_argument("--figure", type=Path, default=Path("docs/planted_noise.png"))
+    parser.add_argument("--document", type=Path, default=Path("docs/planted_noise.md"))
+    options = parser.parse_args()
+    records: dict[Key, list[dict]] = defaultdict(list)
+    for file in sorted(options.output_dir.glob("*-seed*.json")):
+        record = json.loads(file.read_text())
+        noise = record["noise"]
+        records[record["name"], noise["kind"], noise["rank"], noise["strength"]].append(record)
+    output = {key: removed(found, "output") for key, found in records.items()}
+    noise_figure({key: value for key, value in output.items() if " " not in key[0]}, options.figure)
+    maps = {key: removed(found, "map") for key, found in records.items()}
+    tables = {"cells": cell_table(records, output, maps), "ceilings": ceiling_table(records)}
+    tables["ablations"] = ablation_table(records, output, maps)
+    write_tables(options.document, tables)
+
+
+def removed(found: list[dict], what: str) -> tuple[float, float]:
+    """Share of the noise removed, in percent, and the half width of its interval."""
+    return interval(mean_estimate([100 * (1 - record["left"][what]) for record in found]))
+
+
+def interval(estimate: Estimate) -> tuple[float, float]:
+    t = math.nan if estimate.n < 2 else T[min(estimate.n, max(T))]
+    return estimate.mean, t * estimate.stderr
+
+
+def text(value: tuple[float, float] | None) -> str:
+    if value is None:
+        return ""
+    mean, half = value
+    return f"{mean:.1f}" + ("" if math.isnan(half) else f" ± {half:.1f}")
+
+
+def cell_table(records: dict[Key, list[dict]], output: dict, maps: dict) -> str:
+    columns = [("bilinear", 1, 3.0), ("bilinear", 4, 3.0), ("bilinear", 16, 3.0)]
+    columns += [("bilinear", 4, 1.0), ("even", 4, 3.0), ("even", 4, 1.0)]
+    head = ["cell", "trained"] + [f"{kind}, r* {rank}, σ {strength:g}" for kind, rank, strength in columns]
+    lines = [row(head + ["map: bilinear, r* 4, σ 3"]), "|" + "---|" * (len(head) + 1)]
+    for name in dict.fromkeys(sorted((key[0] for key in records if " " not in key[0]), key=place)):
+        trained = next(found[0]["trained"] for key, found in records.items() if key[0] == name)
+        cells = [text(output.get((name, *column))) for column in columns]
+        lines.append(row([f"`{name}`", f"{trained:,}", *cells, text(maps.get((name, "bilinear", 4, 3.0)))]))
+    return "\n".join(lines)
+
+
+def place(name: str) -> tuple[bool, bool, str]:
+    return name.endswith("attention"), name.startswith("lora"), name
+
+
+def ceiling_table(records: dict[Key, list[dict]]) -> str:
+    found = {key[1:]: runs for key, runs in records.items() if key[0] == "attention"}
+    columns = sorted(found)
+    head = ["map"] + [f"{kind}, r* {rank}, σ {strength:g}" for kind, rank, strength in columns]
+    lines = [row(head), "|" + "---|" * len(head)]
+    for name in next(iter(found.values()))[0]["oracles"]:
+        values = ([100 * (1 - run["oracles"][name]) for run in found[column]] for column in columns)
+        lines.append(row([name, *(text(interval(mean_estimate(v))) for v in values)]))
+    return "\n".join(lines)
+
+
+def ablation_table(records: dict[Key, list[dict]], output: dict, maps: dict) -> str:
+    """Methods with a second map on one noise: their variants, λ, and what the second map learned."""
+    head = ["cell", "trained", "output", "map", "λ per head, seed by seed", "A2's logits with ξ", "with S_ideal"]
+    lines = [row(head), "|" + "---|" * len(head)]
+    for key in sorted(key for key in records if key[1:] == ("bilinear", 4, 3.0)):
+        found = records[key]
+        if found[0]["resembles"] is None or key[0].endswith("+attention"):
+            continue
+        lambdas = ["/".join(f"{v:+.2f}" for v in run["lambda"] or ()) for run in found]
+        cells = [f"`{key[0]}`", f"{found[0]['trained']:,}", text(output[key]), text(maps[key])]
+        cells.append(", ".join(filter(None, lambdas)))
+        for what in ("noise", "ideal"):
+            cells.append(f"{mean_estimate([run['resembles'][what] for run in found]).mean:+.2f}")
+        lines.append(row(cells))
+    return "\n".join(lines)
+
+
+def row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    main()
