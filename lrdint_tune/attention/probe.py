@@ -28,8 +28,8 @@ class MapRows(NamedTuple):
     """Rows ``begin`` to ``begin + R`` of a layer's maps; float32, or float64 of a float64 model.
 
     effective: ``M``, ``[B, H, R, N]``. first: ``A1``, likewise. allowed: bool ``[B or 1, R, N]``, the keys that the
-    mask allows. begin: the first row. counted: bool ``[B or 1, R]``, False for padding, whose rows are 0. first_key: int64
-    ``[B or 1, R]``, where each row's document begins.
+    mask allows. begin: the first row. counted: bool ``[B or 1, R]``, False for padding, whose rows are 0. first_key:
+    int64 ``[B or 1, R]``, where each row's document begins.
     """
 
     effective: Tensor
