@@ -122,7 +122,7 @@ def probe_layers(
 def _watched(model: LlamaDecoder, found: dict[int, LayerStatistics], top_k: int, heat_maps: Heads) -> Iterator[None]:
     def watch(i: int) -> Any:
         def hook(attention: DifferentialSelfAttention, args: Any, kwargs: Any, output: Tensor) -> None:
-            found[i] = _layer_statistics(attention, args[0], kwargs["mask"], top_k, heat_maps.get(i, ()))
+            found[i] = layer_statistics(attention, args[0], kwargs["mask"], top_k, heat_maps.get(i, ()))
 
         return model.attention(i).register_forward_hook(hook, with_kwargs=True)
 
@@ -139,9 +139,18 @@ def _watched(model: LlamaDecoder, found: dict[int, LayerStatistics], top_k: int,
         model.train(training)
 
 
-def _layer_statistics(
+def layer_statistics(
     attention: DifferentialSelfAttention, x: Tensor, layout: Layout, top_k: int, heads: Sequence[int]
 ) -> LayerStatistics:
+    """Of one layer whose forward, with diagnostics, has just been; they are off afterwards.
+
+    Args:
+        attention: the layer.
+        x: ``[B, N, D]``, its input.
+        layout: the mask of the whole sequences.
+        top_k: as for :func:`probe_layers`.
+        heads: whose heat maps are wanted.
+    """
     ratio = attention.method.diagnostics().get("o2_o1_ratio")
     effective, first = _Sums(top_k), _Sums(top_k)
     pooled = _HeatMaps(heads, x.shape[1], x.device) if heads else None

@@ -32,7 +32,8 @@ TITLES = {
 CURVES = {
     "loss_metrics/global_avg_loss": ("training", "third"),
     "validation_metrics/loss": ("held out, teacher-forced", "after"),
-    "validation_metrics/prefix_wise_loss": ("held out, prefix-wise", "before"),
+    "validation_metrics/teacher_forced_loss": ("held out, some positions, teacher-forced", "fourth"),
+    "validation_metrics/prefix_wise_loss": ("the same, prefix-wise", "before"),
 }
 
 

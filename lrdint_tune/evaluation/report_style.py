@@ -2,9 +2,9 @@
 
 STYLE = """
 :root { color-scheme: light dark; --page: #ffffff; --ink: #1c2430; --soft: #5b6675; --rule: #dde2e9;
-  --before: #c05f00; --after: #0b63b5; --third: #4c8a3f; --above: #08306b; --below: #a50f15; }
+  --before: #c05f00; --after: #0b63b5; --third: #4c8a3f; --fourth: #7a4fb5; --above: #08306b; --below: #a50f15; }
 @media (prefers-color-scheme: dark) { :root { --page: #14181e; --ink: #e6eaf0; --soft: #9aa5b3; --rule: #2c343f;
-  --before: #ffa24d; --after: #6cb4ff; --third: #8fd17f; --above: #6baed6; --below: #fc9272; } }
+  --before: #ffa24d; --after: #6cb4ff; --third: #8fd17f; --fourth: #c3a5ee; --above: #6baed6; --below: #fc9272; } }
 body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
 main { max-width: 1480px; margin: 0 auto; padding: 20px 24px 60px; }
 h1 { font-size: 24px; margin: 0 0 8px; } h2 { font-size: 18px; margin: 28px 0 8px; }
@@ -14,6 +14,7 @@ p { max-width: 980px; margin: 6px 0; } .note { color: var(--soft); }
 svg { width: 100%; height: auto; display: block; }
 .grid { stroke: var(--rule); stroke-width: 1; } .tick, .axis { fill: var(--soft); font-size: 11px; }
 .before { color: var(--before); } .after { color: var(--after); } .third { color: var(--third); }
+.fourth { color: var(--fourth); }
 .above { color: var(--above); } .below { color: var(--below); }
 polyline { fill: none; stroke: currentColor; stroke-width: 2; } circle { fill: currentColor; }
 .dot { opacity: .35; } .legend { margin: 0 0 0 58px; font-size: 13px; } .legend span { margin-right: 16px; }

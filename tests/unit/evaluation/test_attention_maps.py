@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lrdint_tune.attention import DocumentMask, Layout
 from lrdint_tune.attention.probe import map_rows
-from lrdint_tune.evaluation.attention_maps import _layer_statistics, attention_statistics, probe_layers
+from lrdint_tune.evaluation.attention_maps import layer_statistics, attention_statistics, probe_layers
 from tests.common.cases import DEFAULTS, MethodCase
 from tests.common.models import TINY, tiny_model, woken_model
 
@@ -149,7 +149,7 @@ def test_memory_grows_with_the_length_and_not_its_square(options: dict[str, Any]
     for n in (1024, 2048):
         x, layout = torch.randn(1, n, TINY["embed_dim"]), Layout(None, None, num_queries=n)
         with torch.no_grad(), LiveBytes() as watch:
-            _layer_statistics(attention, x, layout, 8, [0])
+            layer_statistics(attention, x, layout, 8, [0])
         found.append(watch)
     rows = 64 * 2048 * TINY["num_heads"] * 4
     assert rows <= found[1].largest <= 2 * rows  # top-k has 64-bit indices, but only k of them
