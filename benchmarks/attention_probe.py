@@ -74,7 +74,8 @@ def times(model: LlamaDecoder, *, rows: int, tokens: int, steps: int) -> tuple[l
     def probe() -> None:
         look(model, text, top_k=8, heads_shown=4)
 
-    step(), probe()
+    step()
+    probe()
     of_steps, of_looks = [], []
     for _ in range(steps):
         of_steps.append(seconds(step))

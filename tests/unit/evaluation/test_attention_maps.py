@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lrdint_tune.attention import DocumentMask, Layout
 from lrdint_tune.attention.probe import map_rows
-from lrdint_tune.evaluation.attention_maps import layer_statistics, attention_statistics, probe_layers
+from lrdint_tune.evaluation.attention_maps import attention_statistics, layer_statistics, probe_layers
 from tests.common.cases import DEFAULTS, MethodCase
 from tests.common.models import TINY, tiny_model, woken_model
 
