@@ -191,7 +191,7 @@ def _one(experiment: Experiment, preset: Preset, cfg: TrainConfig, world: World,
     trainer = Trainer(cfg, world, interruption=job.interruption, pulse=job.pulse)
     trainer.train()
     curves = read_curves(trainer)
-    outcome = {
+    return {
         "held_out": documents(trainer, "held_out", preset.held_out),
         "forgetting": {name: documents(trainer, name, section) for name, section in preset.forgetting.items()},
         "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
@@ -206,8 +206,6 @@ def _one(experiment: Experiment, preset: Preset, cfg: TrainConfig, world: World,
         "versions": versions(),
         "config": dataclasses.asdict(cfg),
     }
-    trainer.checkpoints.close()
-    return outcome
 
 
 def documents(trainer: Trainer, key: str, section: dict[str, Any]) -> dict[str, Any]:
