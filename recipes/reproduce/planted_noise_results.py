@@ -15,7 +15,7 @@ from pathlib import Path
 from results import write_tables
 
 from lrdint_tune.evaluation.statistics import Estimate, mean_estimate
-from lrdint_tune.reproduce.planted_noise_figure import noise_figure
+from lrdint_tune.reproduce.planted_noise_figure import cell_order, noise_figure
 
 # Student's t at 97.5 %, by the number of seeds; more seeds take the last, which is a little wide.
 T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
@@ -38,7 +38,8 @@ def main() -> None:
     noise_figure({key: value for key, value in output.items() if " " not in key[0]}, options.figure)
     maps = {key: removed(found, "map") for key, found in records.items()}
     tables = {"cells": cell_table(records, output, maps), "ceilings": ceiling_table(records)}
-    tables["ablations"] = ablation_table(records, output, maps)
+    tables["second maps"] = second_map_table(records, output, maps, ("bilinear", 4, 3.0))
+    tables["second maps, even"] = second_map_table(records, output, maps, ("even", 4, 3.0))
     write_tables(options.document, tables)
 
 
@@ -64,15 +65,11 @@ def cell_table(records: dict[Key, list[dict]], output: dict, maps: dict) -> str:
     columns += [("bilinear", 4, 1.0), ("even", 4, 3.0), ("even", 4, 1.0)]
     head = ["cell", "trained"] + [f"{kind}, r* {rank}, σ {strength:g}" for kind, rank, strength in columns]
     lines = [row(head + ["map: bilinear, r* 4, σ 3"]), "|" + "---|" * (len(head) + 1)]
-    for name in dict.fromkeys(sorted((key[0] for key in records if " " not in key[0]), key=place)):
+    for name in dict.fromkeys(sorted((key[0] for key in records if " " not in key[0]), key=cell_order)):
         trained = next(found[0]["trained"] for key, found in records.items() if key[0] == name)
         cells = [text(output.get((name, *column))) for column in columns]
         lines.append(row([f"`{name}`", f"{trained:,}", *cells, text(maps.get((name, "bilinear", 4, 3.0)))]))
     return "\n".join(lines)
-
-
-def place(name: str) -> tuple[bool, bool, str]:
-    return name.endswith("attention"), name.startswith("lora"), name
 
 
 def ceiling_table(records: dict[Key, list[dict]]) -> str:
@@ -86,13 +83,13 @@ def ceiling_table(records: dict[Key, list[dict]]) -> str:
     return "\n".join(lines)
 
 
-def ablation_table(records: dict[Key, list[dict]], output: dict, maps: dict) -> str:
+def second_map_table(records: dict[Key, list[dict]], output: dict, maps: dict, noise: tuple[str, int, float]) -> str:
     """Methods with a second map on one noise: their variants, λ, and what the second map learned."""
     head = ["cell", "trained", "output", "map", "λ per head, seed by seed", "A2's logits with ξ", "with S_ideal"]
     lines = [row(head), "|" + "---|" * len(head)]
-    for key in sorted(key for key in records if key[1:] == ("bilinear", 4, 3.0)):
+    for key in sorted(key for key in records if key[1:] == noise):
         found = records[key]
-        if found[0]["resembles"] is None or key[0].endswith("+attention"):
+        if found[0]["resembles"] is None:
             continue
         lambdas = ["/".join(f"{v:+.2f}" for v in run["lambda"] or ()) for run in found]
         cells = [f"`{key[0]}`", f"{found[0]['trained']:,}", text(output[key]), text(maps[key])]
