@@ -1,9 +1,10 @@
 """Figure and tables of docs/planted_noise.md, from the JSON files of planted_noise.py alone.
 
-    python recipes/reproduce/planted_noise_results.py --output_dir output/planted_noise
+    python recipes/reproduce/planted_noise_results.py                                     # from docs/results
+    python recipes/reproduce/planted_noise_results.py --output_dir output/planted_noise   # from new runs
 
-Writes docs/planted_noise.png, and the tables between the markers `<!-- name -->` and `<!-- end name -->` of
-docs/planted_noise.md. Intervals are 95 % over seeds (Student's t).
+New runs are put together into docs/results/planted_noise.jsonl, one line a run. Writes docs/planted_noise.png, and the
+tables between the markers `<!-- name -->` and `<!-- end name -->` of docs/planted_noise.md. Intervals are 95 % over seeds (Student's t).
 """
 
 import argparse
@@ -25,13 +26,17 @@ Key = tuple[str, str, int, float]  # cell, kind, rank, strength
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("output/planted_noise"))
+    parser.add_argument("--output_dir", type=Path, help="of new runs")
+    parser.add_argument("--results", type=Path, default=Path("docs/results/planted_noise.jsonl"))
     parser.add_argument("--figure", type=Path, default=Path("docs/planted_noise.png"))
     parser.add_argument("--document", type=Path, default=Path("docs/planted_noise.md"))
     options = parser.parse_args()
     records: dict[Key, list[dict]] = defaultdict(list)
-    for file in sorted(options.output_dir.glob("*-seed*.json")):
-        record = json.loads(file.read_text())
+    if options.output_dir is not None:
+        lines = [file.read_text().strip() + "\n" for file in sorted(options.output_dir.glob("*-seed*.json"))]
+        options.results.write_text("".join(lines))
+    for line in options.results.read_text().splitlines():
+        record = json.loads(line)
         noise = record["noise"]
         records[record["name"], noise["kind"], noise["rank"], noise["strength"]].append(record)
     output = {key: removed(found, "output") for key, found in records.items()}
