@@ -203,8 +203,8 @@ class Layout:
         return t[:, self.offset : self.offset + self.num_queries]
 
     def part(self, begin: int, end: int) -> Layout:
-        """Rows ``begin`` to ``end`` of a whole sequence, as a call sees them that has the earlier rows in its cache, with
-        one difference: it knows where each document ends.
+        """Rows ``begin`` to ``end`` of a whole sequence, as a call sees them that has the earlier rows in its cache;
+        beyond that it knows where each document ends.
 
         Raises:
             ValueError: of a ``BlockMask``, an encoder's layout, or one that is part of a sequence itself.

@@ -1,9 +1,9 @@
 """A method's effective map ``M`` (``out = M v``), some rows at a time: what it attends to, without an ``N x N`` map.
 
-The method's own formula is run with the identity in place of the values, ``M = M I``: whatever ``forward`` computes from
-outputs of ``attend`` it then computes from rows of maps. A block of rows is run as decoding runs it, with the keys and
-the running mean of earlier rows remembered, so nothing is computed twice and ``rows x N x H`` numbers exist at a time.
-Only the literal integral, whose rows depend on all later ones, goes through the rows once before.
+The method's own formula is run with the identity in place of the values, ``M = M I``: whatever ``forward`` computes
+from outputs of ``attend`` it then computes from rows of maps. A block of rows is run as decoding runs it, with the keys
+and the running mean of earlier rows remembered, so nothing is computed twice and ``rows x N x H`` numbers exist at a
+time. Only the literal integral, whose rows depend on all later ones, goes through the rows once before.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ ROWS = 64
 class MapRows(NamedTuple):
     """Rows ``begin`` to ``begin + R`` of a layer's maps; float32, or float64 of a float64 model.
 
-    effective: ``M``, ``[B, H, R, N]``. first: ``A1``, likewise. allowed: bool ``[B or 1, R, N]``, the keys that the mask
-    allows. begin: the first row. counted: bool ``[B or 1, R]``, False for padding, whose rows are 0. first_key: int64
-    ``[B or 1, R]``, where each row's document begins.
+    effective: ``M``, ``[B, H, R, N]``. first: ``A1``, likewise. allowed: bool ``[B or 1, R, N]``, the keys that the
+    mask allows. begin: the first row. counted: bool ``[B or 1, R]``, False for padding, whose rows are 0. first_key:
+    int64 ``[B or 1, R]``, where each row's document begins.
     """
 
     effective: Tensor

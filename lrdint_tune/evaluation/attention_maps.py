@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from lrdint_tune.attention import DifferentialSelfAttention
-from lrdint_tune.attention.layout import Layout, MaskType
 from lrdint_tune.attention.lambdas import LambdaForm
+from lrdint_tune.attention.layout import Layout, MaskType
 from lrdint_tune.attention.probe import MapRows, map_rows
 from lrdint_tune.models.decoder import LlamaDecoder
 
@@ -162,7 +162,8 @@ def _layer_statistics(
 
 def _lambda(lam: Tensor) -> tuple[Tensor, Tensor]:
     per_head = lam.mean((0, 2, 3)) if lam.dim() == 4 else lam.flatten()
-    return per_head.float().cpu(), torch.stack([lam.min(), lam.max()]).float().cpu()
+    # Copies: λ may be a view of a parameter, whose memory FSDP2 takes back when the block is done.
+    return per_head.to("cpu", torch.float32, copy=True), torch.stack([lam.min(), lam.max()]).float().cpu()
 
 
 class _Sums:

@@ -39,6 +39,15 @@ CHARTS: dict[str, dict[str, dict[str, list[str]]]] = {
         "‖O2‖/‖O1‖ per layer": {"ratio of norms": ["o2_o1_ratio/"]},
         "gradient of the new tensors per layer": {"norm": ["adapter_grad_norm/"]},
     },
+    "attention": {
+        "attention on the probe text, per layer": {
+            "entropy of a row (nats)": ["attention/entropy/"],
+            "share on the first token": ["attention/first_token_mass/"],
+            "share of negative weights": ["attention/negative_share/"],
+            "noise to signal": ["attention/noise_to_signal/"],
+            "share on later tokens": ["attention/future_mass/"],
+        },
+    },
     "rates": {
         "throughput": {
             "tokens per second": ["throughput/tokens_per_second"],
@@ -55,6 +64,7 @@ def charts_of(cfg: RunConfig) -> list[str]:
         "loss": True,
         "leak": getattr(cfg, "prefix_wise_positions", None) is not None,  # a key of the FSDP2 recipe alone
         "method": cfg.model.get("method", "none") != "none",
+        "attention": getattr(cfg, "attention_probe", None) is not None,
         "rates": True,
     }
     return [name for name, is_recorded in recorded.items() if is_recorded]

@@ -17,6 +17,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from lrdint_tune.errors import ConfigError
 from lrdint_tune.training.memory import check_memory
 from lrdint_tune.training.precision import FP8_RECIPES, check_precision_keys
+from lrdint_tune.training.probe_options import ProbeOptions, check_probe
 from lrdint_tune.training.profiling import check_profiler
 from lrdint_tune.training.trainable import TRAINABLE_GROUPS
 
@@ -146,6 +147,7 @@ class TrainConfig(RunConfig):
     prefix_wise_positions: int | None = None
     peak_tflops: float | None = None
     profiler: Section | None = None
+    attention_probe: Section | None = None
 
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, ("bf16", "fp32"), hint="fp16 is not supported: its range needs loss scaling")
@@ -213,11 +215,19 @@ class TrainConfig(RunConfig):
             )
         check_memory(self)
         check_profiler(self.profiler)
+        _ = self.probe_options
         if "checkpoint_dir" not in self.checkpointer:
             raise ConfigError(
                 f"checkpointer={self.checkpointer}: has no checkpoint_dir; give the folder of the pretrained weights"
             )
         _known("checkpointer", self.checkpointer, ("checkpoint_dir", "base_model_name_or_path"))
+
+    @property
+    def probe_options(self) -> ProbeOptions | None:
+        """The checked ``attention_probe`` section, None without one."""
+        return check_probe(
+            self.attention_probe, context_size=self.context_parallel_dim, tensor_size=self.tensor_parallel_dim
+        )
 
     @property
     def skipped_steps_limit(self) -> int:

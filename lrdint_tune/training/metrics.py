@@ -47,13 +47,14 @@ class TensorBoardLogger:
             of this folder below ``--logdir``.
 
     Attributes:
+        json_file: the file of JSON lines.
         continues: after :meth:`open`, whether the event files of the run's earlier part are there.
     """
 
     def __init__(self, log_dir: str, events_dir: str | None = None) -> None:
         self.log_dir, self.events_dir = Path(log_dir), Path(events_dir or log_dir)
         self.continues = False
-        self._file = self.log_dir / JSON_FILE
+        self.json_file = self.log_dir / JSON_FILE
         self._lines, self._events = b"", b""  # not written yet
         self._resumed_step: int | None = None  # until the files are ready
         self._failed = False
@@ -105,7 +106,7 @@ class TensorBoardLogger:
         return found
 
     def _recorded(self) -> list[dict[str, Any]]:
-        written = self._file.read_bytes() if self._file.is_file() else b""
+        written = self.json_file.read_bytes() if self.json_file.is_file() else b""
         return [json.loads(line) for line in (written + self._lines).splitlines()]
 
     def log_text(self, tag: str, content: str) -> None:
@@ -148,7 +149,7 @@ class TensorBoardLogger:
             if self._resumed_step is not None:
                 self._prepare(self._resumed_step)
                 self._resumed_step = None
-            append(self._file, self._lines)
+            append(self.json_file, self._lines)
             self._lines = b""
             append(self._events_file, self._events)
             self._events = b""
@@ -176,12 +177,12 @@ class TensorBoardLogger:
         if resumed_step == 0:  # TensorBoard takes hyperparameters from a run's first file, and never forgets a tag
             for old in earlier:
                 old.rename(old.with_name(f"replaced.{old.name.split('tfevents.')[1]}"))
-        lines = self._file.read_text().splitlines() if self._file.is_file() else []
+        lines = self.json_file.read_text().splitlines() if self.json_file.is_file() else []
         kept = [line for line in lines if line.endswith("}") and 0 < resumed_step >= json.loads(line)["step"]]
-        partial = self._file.with_suffix(".partial")
+        partial = self.json_file.with_suffix(".partial")
         try:
             partial.write_text("".join(f"{line}\n" for line in kept))
-            os.replace(partial, self._file)
+            os.replace(partial, self.json_file)
         finally:
             partial.unlink(missing_ok=True)
 

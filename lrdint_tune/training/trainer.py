@@ -22,6 +22,7 @@ from lrdint_tune.errors import ConfigError, DataLostError
 from lrdint_tune.models.decoder import LlamaDecoder, is_method_tensor
 from lrdint_tune.models.hf import check_hf_config, weights_digest
 from lrdint_tune.training import startup
+from lrdint_tune.training.attention_probe import build_probe
 from lrdint_tune.training.checkpoint import CheckpointManager
 from lrdint_tune.training.compilation import uncompiled
 from lrdint_tune.training.components import (
@@ -120,6 +121,7 @@ class Trainer:
             startup.warn(model.methods(), cfg)
         self.recorder = build_recorder(cfg)
         self.profiler = ProfilerWindow(cfg.profiler, self.recorder.log_dir, world, self.total_steps)
+        self.probe = build_probe(cfg, model, tokenizer, world, self.recorder.json_file)
 
         self.step = 0
         self.nonfinite = NonFiniteSteps(cfg)
@@ -262,6 +264,8 @@ class Trainer:
         try:
             if self._validation_is_missing():
                 self._record_validation(recorder, progress)
+            if self.probe is not None and self.probe.is_missing(self.step, self.total_steps):
+                self._record_attention(recorder)
             throughput.reset()
             self.profiler.start(self.total_steps - self.step)
             while self.step < self.total_steps:
@@ -277,6 +281,9 @@ class Trainer:
                 last = self.step == self.total_steps
                 if self._validation_is_due():
                     self._record_validation(recorder, progress)
+                    throughput.reset()
+                if self.probe is not None and self.probe.is_due(self.step, self.total_steps):
+                    self._record_attention(recorder)
                     throughput.reset()
                 if last or (cfg.save_every_n_steps and self.step % cfg.save_every_n_steps == 0):
                     self.pulse.enter("saving", self.step)
@@ -300,6 +307,8 @@ class Trainer:
         self.checkpoints.close()
         if recorder is not None:
             finish_record(recorder, {"validation_metrics/loss": "held-out NLL per token"})
+            if self.probe is not None:
+                self.probe.report()
 
     def _save_last_step(self) -> None:
         """Save the last finished step, unless that is done or there is none."""
@@ -327,6 +336,11 @@ class Trainer:
             return False
         recorded = self.world.on_main(lambda: [step for step, _ in self.recorder.history("validation_metrics/loss")])
         return self.step not in recorded
+
+    def _record_attention(self, recorder: TensorBoardLogger | None) -> None:
+        assert self.probe is not None
+        self.pulse.enter("attention probe", self.step, watch=True)
+        self.probe.record(self.model, self.step, recorder)
 
     def _train_step(self, logging_step: bool) -> tuple[dict[str, float], float, float]:
         """One optimizer step; returns its scalars, its input tokens over all ranks and the seconds spent waiting for
@@ -462,6 +476,8 @@ class Trainer:
             counts=bad_row_counts(cfg, self.loader, self.loader_val),
             resumed_step=self.step,
         )
+        if self.probe is not None:
+            self.probe.start(self.step)
         return self.recorder
 
     # ------------------------------------------------------------------ results

@@ -48,9 +48,7 @@ def dense_maps(attention: Any, x: Tensor, rows: Rows, case: MethodCase, *, layer
 
 def _first_alone(s: Sublayer) -> Sublayer:
     options = {**s.options, "lam": "fixed", "lam_init": 0.0, "combine": "subtract"}
-    return _WithIdentity(
-        s.x, s.weights, s.rows, options, s.num_heads, s.num_kv_heads, layer=s.layer, step=s.step
-    )
+    return _WithIdentity(s.x, s.weights, s.rows, options, s.num_heads, s.num_kv_heads, layer=s.layer, step=s.step)
 
 
 def streamed(attention: Any, x: Tensor, layout: Case, rows: int = ROWS) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,7 +76,9 @@ def test_maps_equal_the_dense_reference(case: MethodCase, heads: str) -> None:
         effective, first, allowed = streamed(attention, x, layout)
         want, want_first = dense_maps(attention, x, layout.rows, case, layer=1)
         torch.testing.assert_close(effective, want, rtol=1e-9, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")
-        torch.testing.assert_close(first, want_first, rtol=1e-9, atol=1e-11, msg=lambda m, name=name: f"A1, {name}: {m}")
+        torch.testing.assert_close(
+            first, want_first, rtol=1e-9, atol=1e-11, msg=lambda m, name=name: f"A1, {name}: {m}"
+        )
         assert torch.equal(allowed.expand(BATCH, -1, -1), layout.rows.allowed), name
 
 
@@ -121,7 +121,11 @@ def counted_calls(attention: Any, name: str) -> Iterator[list[int]]:
 def test_every_row_is_projected_once() -> None:
     attention = woken_model(next(c for c in DEFAULTS if c.method == "dint"), "gqa").layers[0].attn
     with counted_calls(attention, "q_proj") as rows, counted_calls(attention, "v_proj") as values:
-        list(map_rows(attention, torch.randn(1, LENGTH, TINY["embed_dim"]), Layout(None, None, num_queries=LENGTH), rows=5))
+        list(
+            map_rows(
+                attention, torch.randn(1, LENGTH, TINY["embed_dim"]), Layout(None, None, num_queries=LENGTH), rows=5
+            )
+        )
     assert rows == [5, 5, 2] and not values
 
 

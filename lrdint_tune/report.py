@@ -1,0 +1,102 @@
+"""Attention before and after training as one HTML file that needs no network.
+
+    tune run lrdint_tune/report --config configs/report.yaml run=output/run
+    tune run lrdint_tune/report --config configs/report.yaml run=null before=<model folder> after=output/run/hf
+
+Exit codes: lrdint_tune/exit_codes.py.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from lrdint_tune.entry import recipe
+from lrdint_tune.errors import ConfigError
+from lrdint_tune.evaluation.attention_record import as_record, look, read_record
+from lrdint_tune.evaluation.loading import load_model
+from lrdint_tune.evaluation.probe_text import probe_tokens
+from lrdint_tune.evaluation.report import Report, report_of_run, write_report
+from lrdint_tune.exit_codes import DONE
+from lrdint_tune.options import positive_int
+from lrdint_tune.training.config import Section, load_config
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """The keys of configs/report.yaml.
+
+    Attributes:
+        run: output folder of a run that had an ``attention_probe``; or else
+        before, after: each a ``step-N.json`` of such a run, or a folder of a model, which is then looked at.
+        output: the file; null: ``report.html`` in the run's folder, or here.
+        base_model, tokenizer, device, dtype: for model folders, as in configs/evaluate.yaml.
+        text_file, max_tokens, top_k, heads_shown: for model folders, as in a run's ``attention_probe``.
+    """
+
+    run: str | None = None
+    before: str | None = None
+    after: str | None = None
+    output: str | None = None
+    base_model: str | None = None
+    tokenizer: Section | None = None
+    device: str = "cpu"
+    dtype: str = "fp32"
+    text_file: str | None = None
+    max_tokens: int = 256
+    top_k: int = 8
+    heads_shown: int = 4
+
+    def __post_init__(self) -> None:
+        if (self.run is None) == (self.before is None) or (self.before is None) != (self.after is None):
+            raise ConfigError(
+                f"run={self.run!r}, before={self.before!r}, after={self.after!r}: give either run, or before and after"
+            )
+        for key in ("max_tokens", "top_k", "heads_shown"):
+            positive_int(key, getattr(self, key))
+
+
+@recipe()
+def recipe_main(cfg: DictConfig) -> int:
+    """Write the report that a config file with ``key=value`` overrides describes; returns the exit code."""
+    options = load_config(cfg, ReportConfig)
+    if options.run is not None:
+        report, folder = report_of_run(Path(options.run)), Path(options.run)
+    else:
+        assert options.before is not None and options.after is not None
+        before, after = (_record(Path(place), options) for place in (options.before, options.after))
+        names = (f"before: {options.before}", f"after: {options.after}")
+        report, folder = Report("Attention before and after", before, after, names), Path()
+    file = Path(options.output or folder / "report.html")
+    try:
+        write_report(report, file)
+    except OSError as error:
+        raise ConfigError(f"output={str(file)!r}: cannot be written ({error.strerror}); choose another") from None
+    log.info("%s", file)
+    return DONE
+
+
+def _record(place: Path, options: ReportConfig) -> dict[str, Any]:
+    if place.suffix == ".json":
+        return read_record(place)
+    loaded = load_model(
+        place,
+        base_model=None if (place / "config.json").is_file() else options.base_model,
+        tokenizer=options.tokenizer,
+        device=options.device,
+        dtype=options.dtype,
+    )
+    tokens = probe_tokens(loaded.tokenizer, max_tokens=options.max_tokens, text_file=options.text_file)
+    layers = look(loaded.model, tokens.to(options.device), top_k=options.top_k, heads_shown=options.heads_shown)
+    return as_record(loaded.model, layers, num_tokens=tokens.shape[1], top_k=options.top_k)
+
+
+if __name__ == "__main__":
+    sys.exit(recipe_main())
