@@ -4,7 +4,8 @@
     python recipes/reproduce/planted_noise_results.py --output_dir output/planted_noise   # from new runs
 
 New runs are put together into docs/results/planted_noise.jsonl, one line a run. Writes docs/planted_noise.png, and the
-tables between the markers `<!-- name -->` and `<!-- end name -->` of docs/planted_noise.md. Intervals are 95 % over seeds (Student's t).
+tables between the markers `<!-- name -->` and `<!-- end name -->` of docs/planted_noise.md. Intervals are 95 % over
+seeds (Student's t).
 """
 
 import argparse

@@ -16,7 +16,7 @@ from methods import METHODS
 
 from lrdint_tune.evaluation.attention_maps import attention_statistics
 from lrdint_tune.evaluation.loading import load_model
-from lrdint_tune.evaluation.probe_text import TEXT
+from lrdint_tune.evaluation.probe_text import probe_tokens
 from lrdint_tune.evaluation.run import evaluate_model
 from lrdint_tune.reproduce.runs import load_preset, preset_threads, versions, write_json
 
@@ -50,8 +50,8 @@ for name, folder in folders.items():
         sys.exit(f"error: {folder}: no such model; run recipes/reproduce/methods.py --preset {options.preset} first")
     loaded = load_model(str(folder), dtype=options.dtype, device=device, tokenizer=preset.config["tokenizer"])
     outcome = evaluate_model(loaded.model, loaded.tokenizer, [needle], device=device)["needle"]
-    tokens = loaded.tokenizer.encode(TEXT, add_bos=False, add_eos=False)[: options.tokens]
-    maps = attention_statistics(loaded.model, torch.tensor([tokens], device=device))
+    tokens = probe_tokens(loaded.tokenizer, max_tokens=options.tokens).to(device)
+    maps = attention_statistics(loaded.model, tokens)
     file.parent.mkdir(parents=True, exist_ok=True)
     record = {
         "model": name,
