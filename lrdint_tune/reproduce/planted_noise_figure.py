@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 PANELS = ("bilinear", 1.0), ("bilinear", 3.0), ("even", 1.0), ("even", 3.0)
-TITLES = {"bilinear": "noise in $W_Q$, $W_K$", "even": "noise no bilinear form has"}
+TITLES = {"bilinear": "noise in $W_Q$, $W_K$", "even": "noise not in the weights"}
 COLOURS = {1: "#9ecae1", 4: "#3182bd", 16: "#08306b"}
 
 
@@ -23,7 +23,7 @@ def noise_figure(removed: Mapping[tuple[str, str, int, float], tuple[float, floa
         removed: (cell, kind, rank, strength) -> percent and half width of its interval.
         file: PNG.
     """
-    names = sorted({key[0] for key in removed}, key=lambda n: (n.endswith("attention"), n.startswith("lora"), n))
+    names = sorted({key[0] for key in removed}, key=cell_order)
     figure, axes = plt.subplots(1, len(PANELS), figsize=(13, 0.27 * len(names) + 1.7), sharey=True)
     for axis, (kind, strength) in zip(axes, PANELS, strict=True):
         _panel(axis, {key: value for key, value in removed.items() if key[1] == kind and key[3] == strength}, names)
@@ -36,6 +36,11 @@ def noise_figure(removed: Mapping[tuple[str, str, int, float], tuple[float, floa
     figure.tight_layout()
     figure.savefig(file, dpi=100)
     plt.close(figure)
+
+
+def cell_order(name: str) -> tuple[bool, int, str]:
+    """Methods, LoRA by its rank, attention alone, methods with it."""
+    return name.endswith("attention"), int(name.removeprefix("lora-")) if name.startswith("lora-") else 0, name
 
 
 def _panel(axis: Axes, removed: Mapping[tuple[str, str, int, float], tuple[float, float]], names: list[str]) -> None:

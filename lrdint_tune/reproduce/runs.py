@@ -29,7 +29,7 @@ from omegaconf import OmegaConf
 
 from lrdint_tune import __version__
 from lrdint_tune.errors import ConfigError
-from lrdint_tune.evaluation.nll import document_nll
+from lrdint_tune.evaluation.nll import Rows, document_nll
 from lrdint_tune.reproduce.materials import prepare
 from lrdint_tune.training.components import build_loader, build_tokenizer
 from lrdint_tune.training.config import TrainConfig, load_config
@@ -145,7 +145,8 @@ def run_experiment(experiment: Experiment, options: argparse.Namespace, job: Job
 
 
 def load_preset(name: str, experiment: str, work: Path) -> Preset:
-    """Read a preset and put the settings for ``experiment`` over its config.
+    """Read a preset and put the settings for ``experiment`` over its config; ``forgetting`` among them replaces the
+    preset's.
 
     Raises:
         ConfigError: there is no such preset, or it is not made for the experiment.
@@ -156,8 +157,10 @@ def load_preset(name: str, experiment: str, work: Path) -> Preset:
     assert isinstance(values, dict)
     if experiment not in values["experiments"]:
         raise ConfigError(f"--preset {name}: has no settings for {experiment}; choose another preset")
-    config = {**values["config"], **values["experiments"][experiment]}
-    return Preset(name, config, config.get("dataset_val") or values["held_out"], values["forgetting"])
+    settings = values["experiments"][experiment]
+    forgetting = settings.pop("forgetting", values["forgetting"])
+    config = {**values["config"], **settings}
+    return Preset(name, config, config.get("dataset_val") or values["held_out"], forgetting)
 
 
 def run_config(
@@ -189,11 +192,14 @@ def _one(experiment: Experiment, preset: Preset, cfg: TrainConfig, world: World,
     """Train one run and measure it."""
     start = time.time()
     trainer = Trainer(cfg, world, interruption=job.interruption, pulse=job.pulse)
+    # Before the training, which would be lost by data that cannot be used.
+    held_out = documents(trainer, "held_out", preset.held_out)
+    others = {name: documents(trainer, name, section) for name, section in preset.forgetting.items()}
     trainer.train()
     curves = read_curves(trainer)
-    outcome = {
-        "held_out": documents(trainer, "held_out", preset.held_out),
-        "forgetting": {name: documents(trainer, name, section) for name, section in preset.forgetting.items()},
+    return {
+        "held_out": measured(trainer, held_out),
+        "forgetting": {name: measured(trainer, rows) for name, rows in others.items()},
         "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "new_parameters": sum(p.numel() for p in trainer.model.adapter_parameters().values()),
         "steps": trainer.total_steps,
@@ -206,14 +212,17 @@ def _one(experiment: Experiment, preset: Preset, cfg: TrainConfig, world: World,
         "versions": versions(),
         "config": dataclasses.asdict(cfg),
     }
-    trainer.checkpoints.close()
-    return outcome
 
 
-def documents(trainer: Trainer, key: str, section: dict[str, Any]) -> dict[str, Any]:
-    """Teacher-forced NLL per token on a dataset section, and of every document its sum and count, for pairing."""
-    loader = build_loader(key, section, trainer.cfg, trainer.world, build_tokenizer(trainer.cfg.tokenizer))
-    loss = document_nll(trainer.model, loader.dataset.documents(), device=trainer.world.device)
+def documents(trainer: Trainer, key: str, section: dict[str, Any]) -> Rows:
+    """The documents of a dataset section. Raises ConfigError if they cannot be used with the run's ``max_seq_len``."""
+    tokenizer = build_tokenizer(trainer.cfg.tokenizer)
+    return build_loader(key, section, trainer.cfg, trainer.world, tokenizer).dataset.documents()
+
+
+def measured(trainer: Trainer, rows: Rows) -> dict[str, Any]:
+    """Teacher-forced NLL per token, and of every document its sum and count, for pairing."""
+    loss = document_nll(trainer.model, rows, device=trainer.world.device)
     return {**loss.estimate().as_dict(), "sums": loss.sums.tolist(), "counts": loss.counts.astype(int).tolist()}
 
 

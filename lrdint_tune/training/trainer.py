@@ -458,7 +458,8 @@ class Trainer:
                 positions=self.cfg.prefix_wise_positions,
                 between=self._between_validation_batches,
             )
-            message += f", {values['validation_metrics/leak']:+.4f} when predicted from prefixes alone"
+            leak = round(values["validation_metrics/leak"], 4) + 0.0  # no -0
+            message += f", {leak:+.4f} when predicted from prefixes alone"
         progress.message(message)
         if recorder is not None:
             recorder.log(values, self.step)

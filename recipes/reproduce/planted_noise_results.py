@@ -1,9 +1,11 @@
 """Figure and tables of docs/planted_noise.md, from the JSON files of planted_noise.py alone.
 
-    python recipes/reproduce/planted_noise_results.py --output_dir output/planted_noise
+    python recipes/reproduce/planted_noise_results.py                                     # from docs/results
+    python recipes/reproduce/planted_noise_results.py --output_dir output/planted_noise   # from new runs
 
-Writes docs/planted_noise.png, and the tables between the markers `<!-- name -->` and `<!-- end name -->` of
-docs/planted_noise.md. Intervals are 95 % over seeds (Student's t).
+New runs are put together into docs/results/planted_noise.jsonl, one line a run. Writes docs/planted_noise.png, and the
+tables between the markers `<!-- name -->` and `<!-- end name -->` of docs/planted_noise.md. Intervals are 95 % over
+seeds (Student's t).
 """
 
 import argparse
@@ -15,7 +17,7 @@ from pathlib import Path
 from results import write_tables
 
 from lrdint_tune.evaluation.statistics import Estimate, mean_estimate
-from lrdint_tune.reproduce.planted_noise_figure import noise_figure
+from lrdint_tune.reproduce.planted_noise_figure import cell_order, noise_figure
 
 # Student's t at 97.5 %, by the number of seeds; more seeds take the last, which is a little wide.
 T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
@@ -25,20 +27,25 @@ Key = tuple[str, str, int, float]  # cell, kind, rank, strength
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("output/planted_noise"))
+    parser.add_argument("--output_dir", type=Path, help="of new runs")
+    parser.add_argument("--results", type=Path, default=Path("docs/results/planted_noise.jsonl"))
     parser.add_argument("--figure", type=Path, default=Path("docs/planted_noise.png"))
     parser.add_argument("--document", type=Path, default=Path("docs/planted_noise.md"))
     options = parser.parse_args()
     records: dict[Key, list[dict]] = defaultdict(list)
-    for file in sorted(options.output_dir.glob("*-seed*.json")):
-        record = json.loads(file.read_text())
+    if options.output_dir is not None:
+        lines = [file.read_text().strip() + "\n" for file in sorted(options.output_dir.glob("*-seed*.json"))]
+        options.results.write_text("".join(lines))
+    for line in options.results.read_text().splitlines():
+        record = json.loads(line)
         noise = record["noise"]
         records[record["name"], noise["kind"], noise["rank"], noise["strength"]].append(record)
     output = {key: removed(found, "output") for key, found in records.items()}
     noise_figure({key: value for key, value in output.items() if " " not in key[0]}, options.figure)
     maps = {key: removed(found, "map") for key, found in records.items()}
     tables = {"cells": cell_table(records, output, maps), "ceilings": ceiling_table(records)}
-    tables["ablations"] = ablation_table(records, output, maps)
+    tables["second maps"] = second_map_table(records, output, maps, ("bilinear", 4, 3.0))
+    tables["second maps, even"] = second_map_table(records, output, maps, ("even", 4, 3.0))
     write_tables(options.document, tables)
 
 
@@ -64,15 +71,11 @@ def cell_table(records: dict[Key, list[dict]], output: dict, maps: dict) -> str:
     columns += [("bilinear", 4, 1.0), ("even", 4, 3.0), ("even", 4, 1.0)]
     head = ["cell", "trained"] + [f"{kind}, r* {rank}, σ {strength:g}" for kind, rank, strength in columns]
     lines = [row(head + ["map: bilinear, r* 4, σ 3"]), "|" + "---|" * (len(head) + 1)]
-    for name in dict.fromkeys(sorted((key[0] for key in records if " " not in key[0]), key=place)):
+    for name in dict.fromkeys(sorted((key[0] for key in records if " " not in key[0]), key=cell_order)):
         trained = next(found[0]["trained"] for key, found in records.items() if key[0] == name)
         cells = [text(output.get((name, *column))) for column in columns]
         lines.append(row([f"`{name}`", f"{trained:,}", *cells, text(maps.get((name, "bilinear", 4, 3.0)))]))
     return "\n".join(lines)
-
-
-def place(name: str) -> tuple[bool, bool, str]:
-    return name.endswith("attention"), name.startswith("lora"), name
 
 
 def ceiling_table(records: dict[Key, list[dict]]) -> str:
@@ -86,13 +89,13 @@ def ceiling_table(records: dict[Key, list[dict]]) -> str:
     return "\n".join(lines)
 
 
-def ablation_table(records: dict[Key, list[dict]], output: dict, maps: dict) -> str:
+def second_map_table(records: dict[Key, list[dict]], output: dict, maps: dict, noise: tuple[str, int, float]) -> str:
     """Methods with a second map on one noise: their variants, λ, and what the second map learned."""
     head = ["cell", "trained", "output", "map", "λ per head, seed by seed", "A2's logits with ξ", "with S_ideal"]
     lines = [row(head), "|" + "---|" * len(head)]
-    for key in sorted(key for key in records if key[1:] == ("bilinear", 4, 3.0)):
+    for key in sorted(key for key in records if key[1:] == noise):
         found = records[key]
-        if found[0]["resembles"] is None or key[0].endswith("+attention"):
+        if found[0]["resembles"] is None:
             continue
         lambdas = ["/".join(f"{v:+.2f}" for v in run["lambda"] or ()) for run in found]
         cells = [f"`{key[0]}`", f"{found[0]['trained']:,}", text(output[key]), text(maps[key])]

@@ -16,7 +16,7 @@ from methods import METHODS
 
 from lrdint_tune.evaluation.attention_maps import attention_statistics
 from lrdint_tune.evaluation.loading import load_model
-from lrdint_tune.evaluation.probe_text import TEXT
+from lrdint_tune.evaluation.probe_text import probe_tokens
 from lrdint_tune.evaluation.run import evaluate_model
 from lrdint_tune.reproduce.runs import load_preset, preset_threads, versions, write_json
 
@@ -26,6 +26,7 @@ parser.add_argument("--work_dir", type=Path, default=Path("output/reproduce"))
 parser.add_argument("--results_dir", type=Path, default=Path("docs/results"))
 parser.add_argument("--lengths", type=int, nargs="+", default=[128, 256])
 parser.add_argument("--depths", type=float, nargs="+", default=[0.0, 0.5, 1.0])
+parser.add_argument("--needles", type=int, default=4, help="facts in the haystack: one alone is found every time")
 parser.add_argument("--samples", type=int, default=10, help="per length and depth")
 parser.add_argument("--tokens", type=int, default=256, help="of the probe text, for the attention maps")
 parser.add_argument("--dtype", default="bf16", choices=["fp32", "bf16"])
@@ -40,6 +41,7 @@ folders = {"base": Path(preset.config["checkpointer"]["checkpoint_dir"])}
 folders |= {name: work / "methods" / f"{name}-seed0" / "hf" for name in METHODS}
 device = torch.device("cpu" if preset.config["device"] == "cpu" else "cuda")
 needle = {"task": "needle", "lengths": options.lengths, "depths": options.depths, "samples": options.samples}
+needle |= {"needles": options.needles, "candidates": max(4, options.needles)}
 
 for name, folder in folders.items():
     file = options.results_dir / "retrieval" / options.preset / f"{name}.json"
@@ -50,8 +52,8 @@ for name, folder in folders.items():
         sys.exit(f"error: {folder}: no such model; run recipes/reproduce/methods.py --preset {options.preset} first")
     loaded = load_model(str(folder), dtype=options.dtype, device=device, tokenizer=preset.config["tokenizer"])
     outcome = evaluate_model(loaded.model, loaded.tokenizer, [needle], device=device)["needle"]
-    tokens = loaded.tokenizer.encode(TEXT, add_bos=False, add_eos=False)[: options.tokens]
-    maps = attention_statistics(loaded.model, torch.tensor([tokens], device=device))
+    tokens = probe_tokens(loaded.tokenizer, max_tokens=options.tokens).to(device)
+    maps = attention_statistics(loaded.model, tokens)
     file.parent.mkdir(parents=True, exist_ok=True)
     record = {
         "model": name,
