@@ -149,6 +149,8 @@ def draw_positions(rows: Rows, positions: int, seed: int) -> list[tuple[int, int
         count = min(PER_DOCUMENT, positions - len(drawn))
         some = labelled[torch.randperm(len(labelled), generator=generator)[:count]]
         drawn += [(row, position) for position in some.tolist()]
+        if len(drawn) >= positions:  # the other documents are not even read
+            break
     return sorted(drawn)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lrdint_tune.errors import ConfigError
-from lrdint_tune.evaluation.statistics import Difference, paired_bootstrap_over_seeds
+from lrdint_tune.evaluation.statistics import Difference, half_width_over_seeds, paired_over_seeds
 
 Results = dict[str, dict[int, dict[str, Any]]]
 
@@ -45,7 +45,7 @@ def difference(results: Results, run: str, baseline: str, *path: str) -> Differe
         counts += [loss["counts"] for loss in losses]
     if any(count != counts[0] for count in counts):
         raise ConfigError(f"{run} and {baseline}: measured on different documents; run both again")
-    return paired_bootstrap_over_seeds(sums[0], sums[1], np.array(counts[0], np.float64))
+    return paired_over_seeds(sums[0], sums[1], np.array(counts[0], np.float64))
 
 
 def mean_over_seeds(results: Results, run: str, *path: str) -> tuple[float, float]:
@@ -78,8 +78,9 @@ class Curve:
 def curve(records: list[dict[str, Any]], tag: str, *, smooth: int = 1) -> Curve:
     """A recorded scalar, its mean over seeds.
 
-    The interval is 1.96 standard errors: of the differences between seeds, and, where the run recorded
-    ``<tag>_stderr``, of the measurement too.
+    The half width is ``sqrt((1.96 e)^2 + s^2)``: ``s`` that of the mean over seeds (Student's t), ``e`` the standard
+    error that the run recorded as ``<tag>_stderr``. All seeds are measured at the same positions, so more of them do
+    not lessen ``e``.
 
     Args:
         smooth: average over so many points, none of them twice.
@@ -93,59 +94,58 @@ def curve(records: list[dict[str, Any]], tag: str, *, smooth: int = 1) -> Curve:
         if f"{tag}_stderr" in record["curves"]:
             errors.append(np.array(record["curves"][f"{tag}_stderr"], np.float64)[:, 1])
     stacked = np.stack(values)
-    seeds = len(stacked)
-    variance = stacked.var(0, ddof=1) / seeds if seeds > 1 else np.zeros(stacked.shape[1])
+    half = np.array([half_width_over_seeds(column) for column in stacked.T])
     if errors:
-        variance = variance + (np.stack(errors) ** 2).mean(0) / seeds
-    return Curve(steps.astype(int), stacked.mean(0), 1.96 * np.sqrt(variance))
+        half = np.hypot(half, 1.96 * np.stack(errors).mean(0))
+    return Curve(steps.astype(int), stacked.mean(0), half)
 
 
 @dataclass(frozen=True)
 class Split:
-    """What the literal form gains over ``none`` at the end of the run, in nats per token, and what becomes of it.
+    """What the literal form gains over ``none`` at the end of the run, in nats per token, and what becomes of it; the
+    half widths are those of 95 % intervals.
 
     Attributes:
-        training_loss: gain in the recorded training loss, mean of the last tenth of the steps.
-        teacher_forced: gain at the chosen positions of training rows (held-out ones), teacher-forced.
-        prefix_wise: gain at the same positions predicted from prefixes alone: what survives.
-        leak, leak_half_width: teacher-forced minus prefix-wise gain, with the half width of its 95 % interval.
+        gain, gain_half_width: in the training loss (mean of the last tenth of the steps), or in the NLL of all held-out
+            tokens, teacher-forced.
+        leak, leak_half_width: of the literal form's final weights, at sampled positions of the same kind of rows.
+        survives, survives_half_width: ``gain - leak``.
     """
 
-    training_loss: float
-    teacher_forced: float
-    prefix_wise: float
+    gain: float
+    gain_half_width: float
     leak: float
     leak_half_width: float
 
+    @property
+    def survives(self) -> float:
+        return self.gain - self.leak
+
+    @property
+    def survives_half_width(self) -> float:
+        return math.hypot(self.gain_half_width, self.leak_half_width)
+
 
 def split(results: Results, literal: str, none: str, group: str) -> Split:
-    """Split the literal form's gain.
+    """Split the literal form's gain, over the seeds that both runs have.
 
     Args:
-        group: ``training_rows`` or ``validation_metrics``: which positions.
+        group: ``training_rows`` or ``validation_metrics``.
     """
-    ours, base = list(results[literal].values()), list(results[none].values())
-    tail = max(1, len(base[0]["curves"]["loss_metrics/global_avg_loss"]) // 10)
-
-    def loss(records: list[dict[str, Any]]) -> float:
-        return float(
-            np.mean([[value for _, value in r["curves"]["loss_metrics/global_avg_loss"][-tail:]] for r in records])
-        )
-
-    leak = curve(ours, f"{group}/leak")
-    # `none` is causal: its loss at fewer positions would be another sample, its leak is 0.
-    whole = "validation_metrics/loss" if group == "validation_metrics" else "loss_metrics/global_avg_loss"
+    seeds = sorted(set(results[literal]) & set(results[none]))
+    leak = curve([results[literal][seed] for seed in seeds], f"{group}/leak")
     if group == "validation_metrics":
-        gain = curve(base, whole).mean[-1] - curve(ours, whole).mean[-1]
+        found = difference(results, none, literal, "held_out")
+        gain, half = found.mean, found.high - found.mean
     else:
-        gain = loss(base) - loss(ours)
-    return Split(
-        training_loss=loss(base) - loss(ours),
-        teacher_forced=float(gain),
-        prefix_wise=float(gain - leak.mean[-1]),
-        leak=float(leak.mean[-1]),
-        leak_half_width=float(leak.half_width[-1]),
-    )
+        gains = np.array([_last_losses(results[none][s]) - _last_losses(results[literal][s]) for s in seeds])
+        gain, half = float(gains.mean()), half_width_over_seeds(gains)
+    return Split(gain, half, float(leak.mean[-1]), float(leak.half_width[-1]))
+
+
+def _last_losses(record: dict[str, Any]) -> float:
+    losses = [value for _, value in record["curves"]["loss_metrics/global_avg_loss"]]
+    return float(np.mean(losses[-max(1, len(losses) // 10) :]))
 
 
 def _at(record: dict[str, Any], path: tuple[str, ...]) -> Any:

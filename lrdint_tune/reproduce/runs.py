@@ -222,7 +222,9 @@ def documents(trainer: Trainer, key: str, section: dict[str, Any]) -> Rows:
 
 def measured(trainer: Trainer, rows: Rows) -> dict[str, Any]:
     """Teacher-forced NLL per token, and of every document its sum and count, for pairing."""
-    loss = document_nll(trainer.model, rows, device=trainer.world.device)
+    trainer.pulse.enter("held-out documents", trainer.step, watch=True)
+    between = trainer.between_validation_batches
+    loss = document_nll(trainer.model, rows, device=trainer.world.device, between=between)
     return {**loss.estimate().as_dict(), "sums": loss.sums.tolist(), "counts": loss.counts.astype(int).tolist()}
 
 
@@ -230,6 +232,13 @@ def read_curves(trainer: Trainer) -> dict[str, list[tuple[int, float]]]:
     """``tag -> [(step, value), ...]`` of what the run recorded that the figures and tables need."""
     wanted = ("loss_metrics/global_avg_loss", "validation_metrics/", "training_rows/", "lambda_mean/")
     return {tag: points for tag, points in trainer.recorder.histories().items() if tag.startswith(wanted)}
+
+
+def one_process() -> None:
+    """End the process if it is one of several: for scripts that do not share their work."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size > 1:
+        sys.exit(f"error: WORLD_SIZE={size}: this script runs in one process; start it without torchrun")
 
 
 def versions() -> dict[str, str]:

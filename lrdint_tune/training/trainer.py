@@ -436,9 +436,14 @@ class Trainer:
         """NLL per trained token over ``dataset_val``, in nats, teacher-forced."""
         assert self.loader_val is not None
         self.pulse.enter("validation", self.step, watch=True)
-        return held_out_nll(self.model, self.loader_val, self.world, between=self._between_validation_batches)
+        return held_out_nll(self.model, self.loader_val, self.world, between=self.between_validation_batches)
 
-    def _between_validation_batches(self) -> None:
+    def between_validation_batches(self) -> None:
+        """Tell the watchers that there is progress, and end if a rank received a signal; every rank must call it.
+
+        Raises:
+            Stopped: a rank received a signal.
+        """
         self.pulse.mark()
         signals = torch.tensor(self.interruption.flags(), device=self.world.device)
         dist.all_reduce(signals)
@@ -456,7 +461,7 @@ class Trainer:
                 self.loader,
                 self.world,
                 positions=self.cfg.prefix_wise_positions,
-                between=self._between_validation_batches,
+                between=self.between_validation_batches,
             )
             leak = round(values["validation_metrics/leak"], 4) + 0.0  # no -0
             message += f", {leak:+.4f} when predicted from prefixes alone"

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from lrdint_tune.reproduce.runs import Experiment, Run, command_line
 
 METHODS = ("none", "dint", "diff", "daa", "dex", "diffq", "diffk", "diffv", "difflora", "lmam")
-# The rank at which LoRA on q_proj and v_proj has as many parameters as DINT of rank 8 (to 0.5 %).
+# The rank at which LoRA on q_proj and v_proj has as many parameters as DINT of rank 8 (to 0.6 %).
 LORA_RANK = {"stories260k": 31, "smollm2_135m": 32, "llama3_2_1b": 101}
 
 

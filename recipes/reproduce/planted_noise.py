@@ -18,7 +18,7 @@ from tqdm import tqdm
 from lrdint_tune.errors import ConfigError
 from lrdint_tune.reproduce.planted_noise import Noise
 from lrdint_tune.reproduce.planted_noise_runs import ABLATIONS, Cell, Schedule, default_cells, run_cell
-from lrdint_tune.reproduce.runs import versions, write_json
+from lrdint_tune.reproduce.runs import one_process, versions, write_json
 
 RANKS, STRENGTHS = (1, 4, 16), (1.0, 3.0)
 STRONG, STRONG_EVEN = Noise("bilinear", 4, 3.0), Noise("even", 4, 3.0)
@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=Schedule.lr)
     parser.add_argument("--only", nargs="+", help="names of cells, such as dint, attention, 'dint rank-1'")
     options = parser.parse_args()
+    one_process()
     torch.set_num_threads(1)  # the layer is small
     schedule = Schedule(steps=options.steps, lr=options.lr)
     chosen = [run for run in runs() if not options.only or run[0] in options.only]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lrdint_tune.evaluation.statistics import paired_bootstrap
+from lrdint_tune.evaluation.statistics import Difference, paired_bootstrap
 from lrdint_tune.reproduce.figures import LENGTHS, difference_figure, grid_figure, layer_figure, leak_figure
 from lrdint_tune.reproduce.results import (
     Results,
@@ -50,7 +50,11 @@ def main() -> None:
             preset, results = folder.name, load_results(folder)
             if experiment == "ablations":
                 compared = load_results(options.results_dir / "methods" / preset)
-                results |= {run: compared[run] for run in ("dint", "diff", "lmam")}
+                results |= {run: compared[run] for run in ("dint", "diff", "lmam") if run in compared}
+            if baseline not in results:
+                print(f"{folder}: left out, {baseline} is not there yet (recipes/reproduce/methods.py)")
+                continue
+            results = {run: found for run, found in results.items() if base_of(run, baseline) in results}
             times = options.results_dir / "step_times" / f"{preset}.json"
             ratios = json.loads(times.read_text())["ratios"] if times.is_file() and experiment == "methods" else {}
             tables[f"{experiment} {preset}"] = comparison_table(results, baseline, ratios)
@@ -81,19 +85,22 @@ def ordered(results: Results) -> list[str]:
 
 
 def leak_table(results: Results) -> str:
-    head = ["N", "rows", "gain in training loss", "gain, teacher-forced", "of it survives prefix-wise", "leak (95 %)"]
+    head = ["N", "rows", "seeds", "gain over `none`", "of it leak", "of it survives from prefixes alone"]
     head.append("causal DINT: largest gap")
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for n in LENGTHS:
         literal, none, causal = f"literal-n{n}", f"none-n{n}", f"dint-n{n}"
         if not {literal, none, causal} <= set(results):
             continue
+        seeds = len(set(results[literal]) & set(results[none]))
         for group, name in (("training_rows", "training"), ("validation_metrics", "held-out")):
             gaps = [abs(v) for r in results[causal].values() for _, v in r["curves"][f"{group}/leak"]]
             part = split(results, literal, none, group)
+            # Of one seed's training loss there is no interval.
+            gain_width = f" ± {part.gain_half_width:.4f}" if part.gain_half_width else ""
             lines.append(
-                f"| {n} | {name} | {part.training_loss:+.4f} | {part.teacher_forced:+.4f} | {part.prefix_wise:+.4f} | "
-                f"{part.leak:+.4f} ± {part.leak_half_width:.4f} | {max(gaps):.1e} |"
+                f"| {n} | {name} | {seeds} | {part.gain:+.4f}{gain_width} | {part.leak:+.4f} ± "
+                f"{part.leak_half_width:.4f} | {part.survives:+.4f} ± {part.survives_half_width:.4f} | {max(gaps):.1e} |"
             )
     return "\n".join(lines)
 
@@ -112,7 +119,8 @@ def comparison_table(results: Results, baseline: str, ratios: dict) -> str:
         cells.append(f"{record['trainable_parameters']:,} ({record['new_parameters']:,})")
         cells.append(f"{mean:.4f}" + ("" if math.isnan(spread) else f" ± {spread:.4f}"))
         for path in (("held_out",), *(("forgetting", name) for name in others)):
-            cells.append("" if run == base else described(difference(results, run, base, *path)))
+            seeds = len(set(results[run]) & set(results[base]))
+            cells.append("" if run == base else described(difference(results, run, base, *path), seeds > 1))
         lam = final_lambda(record)
         cells.append("" if lam is None else f"{lam[0]:+.3f} ({lam[1]:+.3f} to {lam[2]:+.3f})")
         if ratios:
@@ -178,9 +186,10 @@ def retrieval_figures(records: dict[str, dict], folder: Path, preset: str) -> No
     )
 
 
-def described(change) -> str:
+def described(change: Difference, can_decide: bool = True) -> str:
+    """Bold where the interval leaves out 0, unless another seed might move it."""
     text = f"{change.mean:+.4f} [{change.low:+.4f}, {change.high:+.4f}]"
-    return f"**{text}**" if change.is_beyond_noise else text
+    return f"**{text}**" if change.is_beyond_noise and can_decide else text
 
 
 def write_tables(document: Path, tables: dict[str, str]) -> None:

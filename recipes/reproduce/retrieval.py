@@ -18,7 +18,7 @@ from lrdint_tune.evaluation.attention_maps import attention_statistics
 from lrdint_tune.evaluation.loading import load_model
 from lrdint_tune.evaluation.probe_text import probe_tokens
 from lrdint_tune.evaluation.run import evaluate_model
-from lrdint_tune.reproduce.runs import load_preset, preset_threads, versions, write_json
+from lrdint_tune.reproduce.runs import load_preset, one_process, preset_threads, versions, write_json
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--preset", default="smollm2_135m")
@@ -31,6 +31,7 @@ parser.add_argument("--samples", type=int, default=10, help="per length and dept
 parser.add_argument("--tokens", type=int, default=256, help="of the probe text, for the attention maps")
 parser.add_argument("--dtype", default="bf16", choices=["fp32", "bf16"])
 options = parser.parse_args()
+one_process()
 
 threads = preset_threads(options.preset)
 if threads:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from methods import runs
 
-from lrdint_tune.reproduce.runs import load_preset, preset_threads, versions, write_json
+from lrdint_tune.reproduce.runs import load_preset, one_process, preset_threads, versions, write_json
 from lrdint_tune.reproduce.step_times import step_time_ratios
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -23,11 +23,14 @@ parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"
 parser.add_argument("--threads", type=int, help="of torch; the preset's, or torch's own choice")
 parser.add_argument("--results_dir", type=Path, default=Path("docs/results"))
 options = parser.parse_args()
+one_process()
 
 threads = options.threads or preset_threads(options.preset)
 if threads:
     torch.set_num_threads(threads)
 preset = load_preset(options.preset, "methods", Path("unused"))
+if options.tokens < preset.config["max_seq_len"]:
+    sys.exit(f"error: --tokens {options.tokens}: less than a sequence, max_seq_len={preset.config['max_seq_len']}")
 ratios = step_time_ratios(
     preset,
     {run.name: run for run in runs(options.preset)},

@@ -166,4 +166,10 @@ def test_killed_export(config: Path, stopped: Path, tmp_path: Path, file: str) -
     outcome = run_recipe(config, f"output_dir={tmp_path}", prepare=[partial(_die_in_export, file)])
     assert outcome.codes == [KILLED], outcome.outputs
     finished_run(config, f"output_dir={tmp_path}")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "checkpoints", "hf", "logs"]
+    assert {path.name.split(".")[0] for path in tmp_path.iterdir()} == {
+        "adapter",
+        "checkpoints",
+        "events",
+        "hf",
+        "logs",
+    }

@@ -8,7 +8,7 @@ import pytest
 from lrdint_tune.evaluation.statistics import (
     mean_estimate,
     paired_bootstrap,
-    paired_bootstrap_over_seeds,
+    paired_over_seeds,
     ratio_estimate,
 )
 
@@ -69,13 +69,26 @@ def test_seeds_that_disagree_widen_the_interval() -> None:
     generator = np.random.default_rng(4)
     documents = generator.normal(0, 0.1, 100)
     baseline, counts = np.zeros((3, 100)), np.ones(100)
-    alike = paired_bootstrap_over_seeds(np.stack([documents - 0.2] * 3), baseline, counts)
+    alike = paired_over_seeds(np.stack([documents - 0.2] * 3), baseline, counts)
     shifts = np.array([[-0.6], [-0.1], [0.1]])
-    apart = paired_bootstrap_over_seeds(documents + shifts, baseline, counts)
+    apart = paired_over_seeds(documents + shifts, baseline, counts)
     assert alike.mean == pytest.approx(apart.mean, abs=1e-9)
     assert alike.is_beyond_noise and not apart.is_beyond_noise
+    assert paired_over_seeds(baseline[:1] + documents, baseline[:1], counts).n == 100
     with pytest.raises(ValueError, match="no pairs"):
-        paired_bootstrap_over_seeds(baseline[:2], baseline, counts)
+        paired_over_seeds(baseline[:2], baseline, counts)
+
+
+@pytest.mark.parametrize("seeds, between", [(2, 0.3), (3, 0.3), (3, 0.0)])
+def test_interval_over_seeds_covers(seeds: int, between: float) -> None:
+    """Also where only the seeds differ: an interval between the seeds' extremes would cover half of the time."""
+    generator = np.random.default_rng(5)
+    covered = 0
+    for _ in range(400):
+        truth = generator.normal(0, between, (seeds, 1)) + generator.normal(0, 0.5, (1, 40))
+        found = paired_over_seeds(0.7 + truth, np.zeros((seeds, 40)), np.ones(40))
+        covered += found.low <= 0.7 <= found.high
+    assert covered / 400 >= 0.92
 
 
 def test_lengths_must_agree() -> None:
