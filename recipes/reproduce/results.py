@@ -98,10 +98,10 @@ def leak_table(results: Results) -> str:
             part = split(results, literal, none, group)
             # Of one seed's training loss there is no interval.
             gain_width = f" ± {part.gain_half_width:.4f}" if part.gain_half_width else ""
-            lines.append(
-                f"| {n} | {name} | {seeds} | {part.gain:+.4f}{gain_width} | {part.leak:+.4f} ± "
-                f"{part.leak_half_width:.4f} | {part.survives:+.4f} ± {part.survives_half_width:.4f} | {max(gaps):.1e} |"
-            )
+            leak = f"{part.leak:+.4f} ± {part.leak_half_width:.4f}"
+            rest = f"{part.survives:+.4f} ± {part.survives_half_width:.4f}"
+            cells = [str(n), name, str(seeds), f"{part.gain:+.4f}{gain_width}", leak, rest, f"{max(gaps):.1e}"]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
