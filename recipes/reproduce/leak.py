@@ -22,7 +22,7 @@ VARIANTS = {
 # others, which have no difference to show). What is missing is as for stories260k.
 TOKENS_PER_STEP = {"smollm2_135m": 256}
 STEPS = {"smollm2_135m": {64: 100, 256: 30}}
-POSITIONS = {"letters": (512, 128), "smollm2_135m": (128, 32)}
+POSITIONS = {"letters": (512, 128), "smollm2_135m": (96, 32)}
 
 
 def runs(preset: str) -> Iterator[Run]:
@@ -33,7 +33,7 @@ def runs(preset: str) -> Iterator[Run]:
             settings = {"max_seq_len": n, "batch_size": rows, "global_batch_size": rows}
             if preset in STEPS:
                 steps = STEPS[preset][n]
-                settings |= {"max_steps_per_epoch": steps, "run_val_every_n_steps": steps // 3}
+                settings |= {"max_steps_per_epoch": steps, "run_val_every_n_steps": steps // (2 if n == 256 else 4)}
             settings["prefix_wise_positions"] = many if name == "literal" else few
             if name != "none":
                 settings["lam_lr"] = 1.0e-2  # so that λ gets somewhere in few steps
