@@ -158,7 +158,7 @@ def retrieval_table(records: dict[str, dict]) -> str:
 
 
 def retrieval_figures(records: dict[str, dict], folder: Path, preset: str) -> None:
-    details = {name: record["needle"]["details"] for name, record in records.items()}
+    details = {name: record["needle"] for name, record in records.items()}
     first = next(iter(details.values()))
     lengths = sorted({cell["length"] for cell in first["cells"]})
     depths = sorted({cell["depth"] for cell in first["cells"]})
