@@ -137,7 +137,9 @@ def run_experiment(experiment: Experiment, options: argparse.Namespace, job: Job
             if world.is_main:
                 results.mkdir(parents=True, exist_ok=True)
                 record = {"experiment": experiment.name, "preset": options.preset, "run": run.name, "seed": seed}
-                write_json(file, {**record, **outcome})
+                # A result file says nothing of the machine's folders.
+                places = {str(work): "${work_dir}", str(options.data_dir): "DATA"}
+                write_json(file, {**record, **outcome}, places)
                 log.info("%s: held-out NLL %.4f", file, outcome["held_out"]["mean"])
                 if not run.keep:
                     shutil.rmtree(cfg.output_dir, ignore_errors=True)
@@ -253,10 +255,13 @@ def versions() -> dict[str, str]:
     }
 
 
-def write_json(file: Path, record: dict[str, Any]) -> None:
-    """Complete or not at all, numbers to ``RESULT_DIGITS`` digits."""
+def write_json(file: Path, record: dict[str, Any], places: Mapping[str, str] | None = None) -> None:
+    """Complete or not at all, numbers to ``RESULT_DIGITS`` digits; folders among ``places`` by the names given there."""
+    text = json.dumps(_rounded(record)) + "\n"
+    for place, name in (places or {}).items():
+        text = text.replace(place, name)
     partial_file = file.with_suffix(".partial")
-    partial_file.write_text(json.dumps(_rounded(record)) + "\n")
+    partial_file.write_text(text)
     os.replace(partial_file, file)
 
 
