@@ -138,7 +138,9 @@ def run_experiment(experiment: Experiment, options: argparse.Namespace, job: Job
                 results.mkdir(parents=True, exist_ok=True)
                 record = {"experiment": experiment.name, "preset": options.preset, "run": run.name, "seed": seed}
                 # A result file says nothing of the machine's folders.
-                places = {str(work): "${work_dir}", str(options.data_dir): "DATA"}
+                places = {str(work): "${work_dir}"}
+                if options.data_dir is not None:
+                    places[str(options.data_dir)] = "DATA"
                 write_json(file, {**record, **outcome}, places)
                 log.info("%s: held-out NLL %.4f", file, outcome["held_out"]["mean"])
                 if not run.keep:
@@ -256,7 +258,7 @@ def versions() -> dict[str, str]:
 
 
 def write_json(file: Path, record: dict[str, Any], places: Mapping[str, str] | None = None) -> None:
-    """Complete or not at all, numbers to ``RESULT_DIGITS`` digits; folders among ``places`` by the names given there."""
+    """Complete or not at all, numbers to ``RESULT_DIGITS`` digits, folders by the names that ``places`` gives them."""
     text = json.dumps(_rounded(record)) + "\n"
     for place, name in (places or {}).items():
         text = text.replace(place, name)
