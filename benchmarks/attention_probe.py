@@ -1,10 +1,10 @@
 """What the attention probe costs: the mean step with one every 10 steps beside one without, and its memory against N.
 
-    python -m benchmarks.attention_probe [--steps 6] [--tokens 256]
+    python -m benchmarks.attention_probe [--repeats 5] [--tokens 256]
 
-Random weights of SmolLM2's shape, method ``dint``, forward and backward of one batch of ``--rows`` sequences (a step's
-optimizer would only lower the ratio). Steps and looks take turns in one process, so what disturbs the machine disturbs
-both. The memory is that of live tensors, of the look at one layer.
+Random weights of SmolLM2's shape, method ``dint``; a step is forward and backward of ``--rows`` sequences (its
+optimizer would only lower the ratio). Sequences and looks take turns in one process, and the seconds are those of the
+CPU, so what else runs on the machine changes little. The memory is that of live tensors, of the look at one layer.
 """
 
 from __future__ import annotations
@@ -56,31 +56,26 @@ class LiveBytes(TorchDispatchMode):
 
 
 def seconds(action: Callable[[], Any]) -> float:
-    start = time.perf_counter()
+    """Of the CPU, added up over threads."""
+    start = time.process_time()
     action()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
-def times(model: LlamaDecoder, *, rows: int, tokens: int, steps: int) -> tuple[list[float], list[float]]:
-    """Seconds of the steps, and of the looks between them."""
-    batch = torch.randint(model.spec.vocab_size, (rows, tokens))
+def times(model: LlamaDecoder, *, tokens: int, repeats: int) -> tuple[list[float], list[float]]:
+    """Seconds of forward and backward of one sequence, and of a look at one."""
     text = torch.randint(model.spec.vocab_size, (1, tokens))
 
-    def step() -> None:
-        for row in batch:  # micro-batches of one sequence
-            (model(row[None], labels=row[None].roll(-1, 1)) / batch.numel()).backward()
-        model.zero_grad(set_to_none=True)
+    def train() -> None:
+        (model(text, labels=text.roll(-1, 1)) / text.numel()).backward()
 
     def probe() -> None:
         look(model, text, top_k=8, heads_shown=4)
 
-    step()
+    train()
     probe()
-    of_steps, of_looks = [], []
-    for _ in range(steps):
-        of_steps.append(seconds(step))
-        of_looks.append(seconds(probe))  # more often than in a run, for the sake of the mean
-    return of_steps, of_looks
+    pairs = [(seconds(train), seconds(probe)) for _ in range(repeats)]
+    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
 
 
 def peak_megabytes(model: LlamaDecoder, tokens: int) -> float:
@@ -93,26 +88,19 @@ def peak_megabytes(model: LlamaDecoder, tokens: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--rows", type=int, default=4, help="sequences of a step; configs/quickstart.yaml has 4")
     parser.add_argument("--every", type=int, default=10, help="steps from one look to the next")
     options = parser.parse_args()
     model = smollm2_135m(method="dint")
-    of_steps, of_looks = times(model, rows=options.rows, tokens=options.tokens, steps=options.steps)
-    step, probe = statistics.mean(of_steps), statistics.mean(of_looks)
-    print(f"step of {options.rows} x {options.tokens} tokens: {step:.2f} s (median {statistics.median(of_steps):.2f})")
-    print(f"look at {options.tokens} tokens: {probe:.2f} s (median {statistics.median(of_looks):.2f}, {len(of_looks)})")
-    print(f"one every {options.every} steps: {100 * probe / options.every / step:.1f} % of the mean step")
-    print(f"one plain forward: {seconds(lambda: forward(model, options.tokens)):.2f} s")
     for tokens in (512, 1024, 2048, 4096):
-        print(f"memory of a look at one layer, N = {tokens}: {peak_megabytes(model, tokens):.0f} MB")
-
-
-@torch.no_grad()
-def forward(model: LlamaDecoder, tokens: int) -> None:
-    probe = torch.randint(model.spec.vocab_size, (1, tokens))
-    model(probe, labels=torch.where(torch.arange(tokens) == 0, probe, -100), per_token=True)
+        print(f"memory of a look at one layer, N = {tokens}: {peak_megabytes(model, tokens):.0f} MB", flush=True)
+    trained, looked = times(model, tokens=options.tokens, repeats=options.repeats)
+    step, probe = options.rows * statistics.mean(trained), statistics.mean(looked)
+    print(f"step of {options.rows} x {options.tokens} tokens: {step:.2f} CPU seconds")
+    print(f"look at {options.tokens} tokens: {probe:.2f} CPU seconds, {options.repeats} of them")
+    print(f"one every {options.every} steps: {100 * probe / options.every / step:.1f} % of the mean step")
 
 
 if __name__ == "__main__":

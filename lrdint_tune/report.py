@@ -72,7 +72,7 @@ def recipe_main(cfg: DictConfig) -> int:
     else:
         assert options.before is not None and options.after is not None
         before, after = (_record(Path(place), options) for place in (options.before, options.after))
-        names = (f"before: {options.before}", f"after: {options.after}")
+        names = (f"before: {Path(options.before).name}", f"after: {Path(options.after).name}")
         report, folder = Report("Attention before and after", before, after, names), Path()
     file = Path(options.output or folder / "report.html")
     try:

@@ -19,6 +19,7 @@ from lrdint_tune.consolidate import ConsolidateConfig
 from lrdint_tune.evaluate import EvaluateConfig
 from lrdint_tune.models import llama3_2
 from lrdint_tune.planning.options import PlanOptions
+from lrdint_tune.report import ReportConfig
 from lrdint_tune.training.config import load_config
 from tests.common.tiny_run import SIZES, write_model
 
@@ -54,6 +55,9 @@ def test_commands_with_a_config(command: str) -> None:
         return
     if recipe.endswith("evaluate"):
         load_config(OmegaConf.merge(config, OmegaConf.from_dotlist(overrides)), EvaluateConfig)
+        return
+    if recipe.endswith("report"):
+        load_config(OmegaConf.merge(config, OmegaConf.from_dotlist(overrides)), ReportConfig)
         return
     if recipe.endswith("plan"):
         own = [w for w in overrides if w.split("=")[0] in {f.name for f in dataclasses.fields(PlanOptions)}]
