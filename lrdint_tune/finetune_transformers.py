@@ -2,9 +2,9 @@
 
     tune run lrdint_tune/finetune_transformers --config configs/gpt2_daa.yaml
 
-Weights are float32; ``dtype: bf16`` computes under autocast. Held-out loss before and after, curves in
-``output_dir/logs``, and in ``output_dir/adapter`` everything that was trained: ``lrdint_tune.hosts.load`` puts it into
-the pretrained model again.
+Weights are float32; ``dtype: bf16`` computes under autocast. Held-out loss before and after, TensorBoard's curves in
+``output_dir`` and the same numbers in ``output_dir/logs/metrics.jsonl``, and in ``output_dir/adapter`` everything that
+was trained: ``lrdint_tune.hosts.load`` puts it into the pretrained model again.
 
 What it does not do: several processes (no FSDP), checkpoints and resuming, activation checkpointing,
 sequence-to-sequence models, pairs of texts. Llamas of any size train with ``lrdint_tune/full_finetune_distributed``.

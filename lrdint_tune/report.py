@@ -19,12 +19,13 @@ from omegaconf import DictConfig
 from lrdint_tune.entry import recipe
 from lrdint_tune.errors import ConfigError
 from lrdint_tune.evaluation.attention_record import as_record, look, read_record
-from lrdint_tune.evaluation.loading import load_model
+from lrdint_tune.evaluation.loading import DTYPES, load_model
 from lrdint_tune.evaluation.probe_text import probe_tokens
 from lrdint_tune.evaluation.report import Report, report_of_run, write_report
 from lrdint_tune.exit_codes import DONE
 from lrdint_tune.options import positive_int
-from lrdint_tune.training.config import Section, load_config
+from lrdint_tune.training.config import Section, check_choice, load_config
+from lrdint_tune.training.world import resolve_device
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,8 @@ class ReportConfig:
             raise ConfigError(
                 f"run={self.run!r}, before={self.before!r}, after={self.after!r}: give either run, or before and after"
             )
+        check_choice("device", self.device, ("auto", "cpu", "cuda"))
+        check_choice("dtype", self.dtype, tuple(DTYPES))
         for key in ("max_tokens", "top_k", "heads_shown"):
             positive_int(key, getattr(self, key))
 
@@ -86,15 +89,19 @@ def recipe_main(cfg: DictConfig) -> int:
 def _record(place: Path, options: ReportConfig) -> dict[str, Any]:
     if place.suffix == ".json":
         return read_record(place)
+    device = resolve_device(options.device)
     loaded = load_model(
         place,
         base_model=None if (place / "config.json").is_file() else options.base_model,
         tokenizer=options.tokenizer,
-        device=options.device,
+        device=device,
         dtype=options.dtype,
     )
+    limit = loaded.model.spec.max_seq_len
+    if options.max_tokens > limit:
+        raise ConfigError(f"max_tokens={options.max_tokens}: {place} takes {limit} tokens; lower it")
     tokens = probe_tokens(loaded.tokenizer, max_tokens=options.max_tokens, text_file=options.text_file)
-    layers = look(loaded.model, tokens.to(options.device), top_k=options.top_k, heads_shown=options.heads_shown)
+    layers = look(loaded.model, tokens.to(device), top_k=options.top_k, heads_shown=options.heads_shown)
     return as_record(loaded.model, layers, num_tokens=tokens.shape[1], top_k=options.top_k)
 
 

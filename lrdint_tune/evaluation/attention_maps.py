@@ -4,7 +4,7 @@ Of every layer two maps are described: the effective one ``M`` (``out = M v``: `
 on; ``A1`` for ``dex`` and ``diffv``, which act on features and values) and the first, ``A1``. Each number is the mean
 over the rows of the text. ``w`` are a row's weights, and where a weight may be negative a share is one of ``sum |w|``:
 
-- ``entropy``: ``-sum p ln p`` in nats with ``p = |w| / sum |w|``;
+- ``entropy``: ``-sum p ln p`` in nats with ``p = |w| / sum |w|``; 0 for a row whose weights are all 0;
 - ``first_token_mass``: ``|w|`` on the document's first token, as a share;
 - ``negative_share``: how many of the allowed weights are below 0 ("Neg Rat" of seed 004);
 - ``noise_to_signal``: ``|w|`` outside the ``top_k`` largest over that inside;
@@ -188,7 +188,7 @@ class _Sums:
         total = size.sum(-1)  # [B, H, R]
         safe = total.clamp(min=torch.finfo(total.dtype).tiny)
         # -sum p ln p with p = w / t is ln t - (sum w ln w) / t: one pass over the rows less.
-        entropy = torch.special.entr(size).sum(-1) / safe + safe.log()
+        entropy = torch.where(total > 0, torch.special.entr(size).sum(-1) / safe + safe.log(), 0)
         first_key = block.first_key[:, None, :, None].expand(*total.shape, 1)
         allowed = block.allowed[:, None]
         inside = size.topk(min(self.top_k, size.shape[-1]), dim=-1).values.sum(-1)

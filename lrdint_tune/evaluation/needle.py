@@ -81,7 +81,7 @@ class NeedleTask:
         return [] if self.haystack is None else [self.haystack]
 
     def measure(self, scorer: Scorer, seed: int) -> Measured:
-        """``acc``: the right word is the likeliest candidate (the first, of equal ones); ``exact``: it is the greedy
+        """``acc``: the right word is the likeliest candidate (a tie counts as wrong); ``exact``: it is the greedy
         continuation; ``nll`` of the right word, in nats. Over the whole grid, and by length and depth in ``cells``.
 
         Raises:

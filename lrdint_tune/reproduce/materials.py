@@ -8,6 +8,7 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -62,14 +63,12 @@ def _smollm2_135m(data_dir: Path | None, folder: Path) -> None:
     for split, name in (("train", "train"), ("test", "heldout")):
         if (folder / f"{name}_text.jsonl").is_file():
             continue
-        lines = _file(data_dir, f"gsm8k/{split}.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines]
+        rows = _rows(_file(data_dir, f"gsm8k/{split}.jsonl"))
         _write(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         texts = [{"text": f"Question: {row['question']}\nAnswer: {row['answer']}"} for row in rows]
         _write(folder / f"{name}_text.jsonl", "".join(json.dumps(row) + "\n" for row in texts))
     if not (folder / "lambada.jsonl").is_file():
-        source = _file(data_dir, "eval/lambada_openai.jsonl").read_text(encoding="utf-8")
-        rows = [json.loads(line) for line in source.splitlines()]
+        rows = _rows(_file(data_dir, "eval/lambada_openai.jsonl"))
         rows = [{"context": row["context"], "continuation": " " + row["continuation"]} for row in rows]
         _write(folder / "lambada.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
@@ -100,6 +99,11 @@ def _file(data_dir: Path | None, name: str) -> Path:
     if not (data_dir / name).is_file():
         raise ConfigError(f"--data_dir {data_dir}: has no {name}; recipes/reproduce/README.md says where it is from")
     return data_dir / name
+
+
+def _rows(file: Path) -> list[Any]:
+    """Those of a JSONL file, whose strings may hold any separator but a newline."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
 
 
 def _write(file: Path, content: str) -> None:

@@ -49,12 +49,12 @@ class AttentionProbe:
         self.metrics_file = metrics_file
 
     def start(self, step: int) -> None:
-        """On the main process, before the first look: keep what the report will want to know of the run. A new run
-        removes the records of an earlier one."""
+        """On the main process, before the first look: keep what the report will want to know of the run. Removes what
+        is recorded after ``step``, as TensorBoardLogger does; a new run removes all records of an earlier one."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if step == 0:
-                for file in step_files(self.folder).values():
+            for recorded, file in step_files(self.folder).items():
+                if step == 0 or recorded > step:
                     file.unlink()
             metrics = os.path.relpath(self.metrics_file, self.folder)
             _write(self.folder / RUN_FILE, {"config": dataclasses.asdict(self.cfg), "metrics": metrics})

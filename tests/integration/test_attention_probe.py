@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lrdint_tune.errors import ConfigError
 from lrdint_tune.evaluation.attention_maps import STATISTICS, attention_statistics
+from lrdint_tune.evaluation.attention_record import step_files
 from lrdint_tune.evaluation.loading import load_model
 from lrdint_tune.evaluation.probe_text import PROBE_TEXT, probe_tokens
 from tests.common.tiny_run import read_losses, write_run
@@ -104,12 +105,13 @@ def test_a_new_run_forgets_the_records_of_an_earlier_one(config: Path, tmp_path:
     trainer = start_trainer(config, {"output_dir": str(tmp_path)})
     assert trainer.probe is not None
     (tmp_path / "attention").mkdir()
-    (tmp_path / "attention" / "step-99.json").write_text("{}")
+    for step in (0, 2, 99):
+        (tmp_path / "attention" / f"step-{step}.json").write_text("{}")
     trainer.probe.start(3)
-    assert (tmp_path / "attention" / "step-99.json").exists()
+    assert list(step_files(tmp_path / "attention")) == [0, 2], "step 99 is of the part that a resumed run abandons"
     assert trainer.probe.is_missing(3, 8) and not trainer.probe.is_missing(4, 8) and trainer.probe.is_missing(8, 8)
     trainer.probe.start(0)
-    assert not (tmp_path / "attention" / "step-99.json").exists()
+    assert not step_files(tmp_path / "attention")
 
 
 def test_the_text(config: Path, tmp_path: Path) -> None:

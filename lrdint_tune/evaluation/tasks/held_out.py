@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+from itertools import islice
 from pathlib import Path
 
 from lrdint_tune.errors import ConfigError
@@ -109,10 +110,10 @@ class LongTextTask:
         """``nll`` per token, ``perplexity`` per token and ``word_perplexity``, ``exp`` of the text's whole NLL over
         its words (separated by white space); standard errors over windows, by the delta method."""
         try:
-            lines = Path(self.file).read_text(encoding="utf-8").splitlines(keepends=True)
+            with open(self.file, encoding="utf-8") as stream:
+                text = "".join(islice(stream, self.limit))
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"file={self.file!r}: cannot be read ({error}); give a UTF-8 text") from None
-        text = "".join(lines[: self.limit])
         words = len(text.split())
         if not words:
             raise ConfigError(f"file={self.file!r}: no word in it; give a text")

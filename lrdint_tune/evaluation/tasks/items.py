@@ -59,7 +59,8 @@ def read_items(file: str, layouts: Sequence[Layout[Item]], limit: int | None) ->
         ConfigError: the file cannot be read or is empty, or a row is in none of the layouts; with its line.
     """
     try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): it also cuts at U+2028 and others, which stand in JSON strings as they are.
+        lines = Path(file).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"file={file!r}: cannot be read ({error}); give a JSONL file") from None
     numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]

@@ -98,6 +98,13 @@ def test_lambda_and_ratio_are_the_methods_own() -> None:
         assert layer["o2_o1_ratio"] == pytest.approx(want[f"o2_o1_ratio/layers.{i}"].item(), rel=1e-6)
 
 
+def test_a_row_without_weights_has_no_entropy() -> None:
+    """With λ = 1 the maps of ``diff`` cancel where there is one key only."""
+    model = tiny_model("diff", lam="fixed", lam_init=1.0)
+    (layer, *_) = attention_statistics(model, torch.zeros(1, 1, dtype=torch.int64))["layers"]
+    assert layer["effective"]["entropy"] == [0.0] * TINY["num_heads"]
+
+
 def test_the_model_is_as_before() -> None:
     model = tiny_model("dint").train()
     tokens = torch.randint(TINY["vocab_size"], (1, 20))

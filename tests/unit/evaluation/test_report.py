@@ -136,7 +136,9 @@ def run_entry(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> int:
     return int(end.value.code or 0)
 
 
-def test_command_on_a_run_and_on_model_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_on_a_run_and_on_model_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_attention(tmp_path / "run")
     assert run_entry(monkeypatch, f"run={tmp_path / 'run'}") == 0
     assert (tmp_path / "run" / "report.html").is_file()
@@ -144,10 +146,12 @@ def test_command_on_a_run_and_on_model_folders(tmp_path: Path, monkeypatch: pyte
     write_model(tmp_path / "dint", method="dint", rank=2, lam_init=0.5)
     output = tmp_path / "compared.html"
     places = [f"{side}={tmp_path / folder}" for side, folder in (("before", "base"), ("after", "dint"))]
-    assert run_entry(monkeypatch, "run=null", *places, f"output={output}", "max_tokens=40") == 0
+    assert run_entry(monkeypatch, "run=null", *places, f"output={output}", "max_tokens=40", "device=auto") == 0
     page = read(output)
     assert any("40 tokens" not in text and "32 tokens" in text for text in page.texts["p"])  # a multiple of 16
     assert any("Neg Rat" in title for title in page.texts["figcaption"])
+    assert run_entry(monkeypatch, "run=null", *places, f"output={output}", "max_tokens=600") != 0
+    assert f"max_tokens=600: {tmp_path / 'base'} takes 512 tokens; lower it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -160,6 +164,8 @@ def test_command_on_a_run_and_on_model_folders(tmp_path: Path, monkeypatch: pyte
         (["run=null", "before={tmp}/none.json", "after={tmp}/none.json"], "step-N.json"),
         (["run=null", "before={tmp}/none", "after={tmp}/none"], "no such folder"),
         (["top_k=0"], "top_k=0"),
+        (["device=gpu"], "device='gpu': unknown"),
+        (["dtype=fp16"], "dtype='fp16': unknown"),
     ],
 )
 def test_bad_input(

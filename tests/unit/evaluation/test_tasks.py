@@ -145,6 +145,18 @@ def test_lambada(tmp_path: Path, row: Any) -> None:
     assert read_items(write(tmp_path, row), LAYOUTS, None) == [("He took the", " ball")]
 
 
+SEPARATORS = "\u2028 \u0085 \x0b \x1c"  # where str.splitlines cuts too
+
+
+def test_only_newlines_end_a_row(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    texts = [f"a{SEPARATORS}b", "c d"]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    file.write_text("\n\n".join(lines), encoding="utf-8")
+    found = read_items(str(file), LAYOUTS, None)
+    assert ["".join(pair) for pair in found] == texts
+
+
 class Known:
     """A scorer that was told the answers."""
 
