@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,7 +18,7 @@ from lrdint_tune.export import load_adapter
 from lrdint_tune.export.adapter import CONFIG_FILE
 from lrdint_tune.models.component import build_from_spec, llama3_2
 from lrdint_tune.models.decoder import LlamaDecoder, is_new_tensor
-from lrdint_tune.models.hf import iter_hf_folder, spec_from_hf_config, stays_float32, weights_digest
+from lrdint_tune.models.hf import iter_hf_folder, spec_from_hf_config, stays_float32
 from lrdint_tune.models.hf_config import read_json
 from lrdint_tune.models.spec import ModelSpec
 from lrdint_tune.training.checkpoint.consolidation import open_checkpoint
@@ -39,26 +40,36 @@ class Loaded:
     Attributes:
         model: in eval mode, without gradients.
         tokenizer: a torchtune tokenizer.
+        tokenizer_section: what it was built from.
         folder: what the weights were read from: the folder given, or the ``step-N`` folder found in it.
         base: the pretrained folder behind an adapter or a checkpoint, None for a whole model.
     """
 
     model: LlamaDecoder
     tokenizer: Any
+    tokenizer_section: Section
     folder: Path
     base: Path | None
 
     @property
     def weights(self) -> str:
-        """A short digest of the weights: other weights, another one."""
+        """A short digest of the weights and of the model's config, read in full: another model, another digest."""
         digest = hashlib.blake2b(digest_size=8)
+        # Of a checkpoint its manifest, which has the digests of its shards.
+        kinds = ("*.safetensors", "config.json", CONFIG_FILE, STATE_FILE)
         for folder in filter(None, (self.folder, self.base)):
-            if (folder / "config.json").is_file():
-                digest.update(weights_digest(folder).encode())
-            else:  # an adapter, or a checkpoint, whose manifest has the digests of its shards
-                for file in sorted((*folder.glob("*.safetensors"), *folder.glob(STATE_FILE))):
-                    digest.update(f"{file.name} {digest_of(file)}".encode())
+            for file in sorted(file for kind in kinds for file in folder.glob(kind)):
+                digest.update(f"{file.name} {digest_of(file)}\n".encode())
         return digest.hexdigest()
+
+    @property
+    def tokenizer_digest(self) -> str:
+        """A short digest of the tokenizer's section, with the content of its files for their paths."""
+        section = {
+            option: digest_of(Path(value)) if isinstance(value, str) and Path(value).is_file() else value
+            for option, value in self.tokenizer_section.items()
+        }
+        return hashlib.blake2b(json.dumps(section, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def load_model(
@@ -83,7 +94,8 @@ def load_model(
     """
     folder = Path(path)
     spec, tensors, found, base = _open(folder, base_model)
-    built = build_tokenizer(tokenizer or _tokenizer_section(base or found))
+    section = tokenizer or _tokenizer_section(base or found)
+    built = build_tokenizer(section)
     with torch.device("meta"):
         model = build_from_spec(spec)
     _convert(model, DTYPES[dtype])
@@ -97,7 +109,7 @@ def load_model(
             "except those of prefixes alone",
             found,
         )
-    return Loaded(model, built, found, base)
+    return Loaded(model, built, section, found, base)
 
 
 def _open(folder: Path, base_model: str | None) -> tuple[ModelSpec, Iterable[tuple[str, Tensor]], Path, Path | None]:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lrdint_tune.errors import ConfigError
 from lrdint_tune.evaluation.measured import Measured, Values
@@ -77,8 +78,11 @@ class NeedleTask:
     def grid(self) -> tuple[list[int], list[float]]:
         return self.lengths or [256, 512, 1024], self.depths or [0.0, 0.25, 0.5, 0.75, 1.0]
 
-    def files(self) -> list[str]:
-        return [] if self.haystack is None else [self.haystack]
+    def places(self) -> dict[str, Any]:
+        return {"haystack": self.haystack}
+
+    def versions(self) -> dict[str, str]:
+        return {}
 
     def measure(self, scorer: Scorer, seed: int) -> Measured:
         """``acc``: the right word is the likeliest candidate (a tie counts as wrong); ``exact``: it is the greedy

@@ -46,12 +46,18 @@ class Leak:
         prefix_wise: each position from its prefix alone.
         gap: prefix-wise minus teacher-forced.
         positions: how many tokens were predicted.
+        inside_sums, alone_sums: of each document with such a token, in order, the sum of its losses in nats,
+            teacher-forced and prefix-wise, float64 ``[documents]``.
+        counts: how many tokens that is of each, float64 ``[documents]``.
     """
 
     teacher_forced: Estimate
     prefix_wise: Estimate
     gap: Estimate
     positions: int
+    inside_sums: np.ndarray
+    alone_sums: np.ndarray
+    counts: np.ndarray
 
     def as_dict(self) -> dict[str, Any]:
         parts = {name: getattr(self, name).as_dict() for name in ("teacher_forced", "prefix_wise", "gap")}
@@ -131,13 +137,13 @@ def measure_leak(
     whole, alone = _over_ranks(whole, device), _over_ranks(alone, device)
 
     owner = torch.tensor([numbers.index(row) for row, _ in chosen])
-    counts = torch.zeros(len(numbers), dtype=torch.float64).index_add_(0, owner, torch.ones_like(whole))
 
-    def estimate(losses: Tensor) -> Estimate:
-        sums = torch.zeros(len(numbers), dtype=torch.float64).index_add_(0, owner, losses)
-        return ratio_estimate(sums.numpy(), counts.numpy())
+    def by_document(losses: Tensor) -> np.ndarray:
+        return torch.zeros(len(numbers), dtype=torch.float64).index_add_(0, owner, losses).numpy()
 
-    return Leak(estimate(whole), estimate(alone), estimate(alone - whole), len(chosen))
+    n, inside_sums, alone_sums = by_document(torch.ones_like(whole)), by_document(whole), by_document(alone)
+    inside, prefixes_alone, gap = (ratio_estimate(s, n) for s in (inside_sums, alone_sums, alone_sums - inside_sums))
+    return Leak(inside, prefixes_alone, gap, len(chosen), inside_sums, alone_sums, n)
 
 
 def draw_positions(rows: Rows, positions: int, seed: int) -> list[tuple[int, int]]:

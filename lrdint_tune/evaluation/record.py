@@ -22,7 +22,7 @@ from lrdint_tune.models.hf_config import full_options
 log = logging.getLogger(__name__)
 
 # What all numbers of a results file depend on, beside each task's own settings.
-_DECISIVE = ("weights", "dtype", "device", "seed", "max_seq_len")
+_DECISIVE = ("weights", "tokenizer", "lrdint_tune", "dtype", "device", "seed", "max_seq_len")
 
 
 def describe(loaded: Loaded, *, dtype: str, device: torch.device, seed: int, max_seq_len: int | None) -> dict[str, Any]:
@@ -32,6 +32,8 @@ def describe(loaded: Loaded, *, dtype: str, device: torch.device, seed: int, max
         "model": str(loaded.folder),
         "base_model": None if loaded.base is None else str(loaded.base),
         "weights": loaded.weights,
+        "tokenizer": loaded.tokenizer_digest,
+        "lrdint_tune": __version__,
         "method": spec.method,
         "method_options": full_options(spec),
         "adapters": spec.adapters,
@@ -40,7 +42,7 @@ def describe(loaded: Loaded, *, dtype: str, device: torch.device, seed: int, max
         "device": device.type,
         "seed": seed,
         "max_seq_len": max_seq_len,
-        "versions": {"lrdint_tune": __version__, "python": sys.version.split()[0], "torch": torch.__version__}
+        "versions": {"python": sys.version.split()[0], "torch": torch.__version__}
         | {name: version(name) for name in ("torchtune", "transformers", "tokenizers")},
         "command": sys.argv,
     }

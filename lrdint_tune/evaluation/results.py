@@ -12,7 +12,7 @@ from lrdint_tune.errors import ConfigError, NotSavedError
 from lrdint_tune.evaluation.statistics import Difference
 
 RESULTS_FILE = "results.json"
-FORMAT = 1
+FORMAT = 2
 
 
 def read_results(key: str, file: Path) -> dict[str, Any]:

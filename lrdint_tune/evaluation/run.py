@@ -18,8 +18,8 @@ from lrdint_tune.models.decoder import LlamaDecoder
 
 log = logging.getLogger(__name__)
 
-# Of a task's settings, where its files are and how they are read: what is in them has a digest.
-_PLACES = ("file", "haystack", "data_files", "cache_dir", "num_proc", "packed")
+# Options of a task's dataset that its items do not depend on.
+_NO_EFFECT = ("dataset.cache_dir", "dataset.num_proc", "dataset.packed")
 
 
 def evaluate_model(
@@ -125,7 +125,7 @@ def compare(ours: Mapping[str, Any], baseline: Mapping[str, Any], *, seed: int =
                 )
         differences[name] = {}
         for metric, values in result["items"].items():
-            there = other["items"][metric]
+            there = other["items"][metric]  # the same settings have the same metrics
             if values["counts"] != there["counts"] or len(values["values"]) != len(there["values"]):
                 raise ConfigError(
                     f"baseline: {name} has other items or other tokens there; measure both on the same data, with the "
@@ -136,5 +136,12 @@ def compare(ours: Mapping[str, Any], baseline: Mapping[str, Any], *, seed: int =
 
 
 def _items_of(task_settings: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {key: value for key, value in task_settings.items() if key not in _PLACES}
-    return {key: _items_of(value) if isinstance(value, dict) else value for key, value in kept.items()}
+    """By dotted names, without those that say nothing: a place whose files have a digest may be another."""
+    dropped = {*_NO_EFFECT, *task_settings.get("digests", ())}
+    flat: dict[str, Any] = {}
+    for key, value in task_settings.items():
+        if key == "dataset":
+            flat |= {f"{key}.{option}": part for option, part in value.items()}
+        else:
+            flat[key] = value
+    return {key: value for key, value in flat.items() if key not in dropped}

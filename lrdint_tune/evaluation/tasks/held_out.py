@@ -7,6 +7,7 @@ import logging
 import math
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from lrdint_tune.errors import ConfigError
 from lrdint_tune.evaluation.measured import Measured, Values, perplexity
@@ -17,6 +18,8 @@ from lrdint_tune.training.components import build
 from lrdint_tune.training.config import Section
 
 log = logging.getLogger(__name__)
+
+_READERS = ("json", "text", "csv", "parquet", "arrow")  # sources of which ``data_files`` are paths here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +48,16 @@ class NllTask:
             if value is not None and value < 2:
                 raise ConfigError(f"{key}={value}: must be at least 2")
 
-    def files(self) -> list[str]:
-        """Local files that the numbers depend on."""
-        given = self.dataset.get("data_files")
-        return [file for file in (given if isinstance(given, list) else [given]) if isinstance(file, str)]
+    def places(self) -> dict[str, Any]:
+        """Options that may stand for local files. ``data_files`` of a data set on the hub or in a folder are paths in
+        that."""
+        source = self.dataset.get("source", "text")
+        if source in _READERS:
+            return {"dataset.data_files": self.dataset.get("data_files")}
+        return {"dataset.source": source}
+
+    def versions(self) -> dict[str, str]:
+        return {}
 
     def measure(self, scorer: Scorer, seed: int) -> Measured:
         """``nll`` in nats per token with its standard error over documents, and ``perplexity``. With
@@ -61,7 +70,7 @@ class NllTask:
         rows = build("dataset", section, scorer.tokenizer, max_seq_len=length).documents()
         loss = document_nll(scorer.model, rows, device=scorer.device, max_tokens=scorer.max_tokens)
         nll = Values(loss.sums.tolist(), loss.counts.tolist())
-        derived = {"perplexity": perplexity(nll.estimate())}
+        items = {"nll": nll}
         if self.prefix_wise_positions is not None:
             leak = measure_leak(
                 scorer.model,
@@ -71,8 +80,13 @@ class NllTask:
                 seed=seed,
                 max_tokens=scorer.max_tokens,
             )
-            derived |= {"teacher_forced": leak.teacher_forced, "prefix_wise": leak.prefix_wise, "leak": leak.gap}
-        return Measured({"nll": nll}, derived)
+            inside, alone, counts = leak.inside_sums, leak.alone_sums, leak.counts.tolist()
+            items |= {
+                "teacher_forced": Values(inside.tolist(), counts),
+                "prefix_wise": Values(alone.tolist(), counts),
+                "leak": Values((alone - inside).tolist(), counts),
+            }
+        return Measured(items, {"perplexity": perplexity(nll.estimate())})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,8 +117,11 @@ class LongTextTask:
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"limit={self.limit}: must be at least 1")
 
-    def files(self) -> list[str]:
-        return [self.file]
+    def places(self) -> dict[str, Any]:
+        return {"file": self.file}
+
+    def versions(self) -> dict[str, str]:
+        return {}
 
     def measure(self, scorer: Scorer, seed: int) -> Measured:
         """``nll`` per token, ``perplexity`` per token and ``word_perplexity``, ``exp`` of the text's whole NLL over

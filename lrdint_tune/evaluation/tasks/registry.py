@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,10 +13,10 @@ from lrdint_tune.evaluation.lm_eval_bridge import measure_with_lm_eval, require_
 from lrdint_tune.evaluation.measured import Measured
 from lrdint_tune.evaluation.needle import NeedleTask
 from lrdint_tune.evaluation.scoring import Scorer
+from lrdint_tune.evaluation.tasks.digests import local_digests
 from lrdint_tune.evaluation.tasks.held_out import LongTextTask, NllTask
 from lrdint_tune.evaluation.tasks.lambada import measure_lambada
 from lrdint_tune.evaluation.tasks.multiple_choice import TASKS as MULTIPLE_CHOICE
-from lrdint_tune.training.checkpoint.manifest import digest_of
 from lrdint_tune.training.config import check_choice, load_config
 
 
@@ -28,7 +29,9 @@ class Task(Protocol):
     @property
     def name(self) -> str | None: ...
 
-    def files(self) -> list[str]: ...
+    def places(self) -> dict[str, Any]: ...
+
+    def versions(self) -> dict[str, str]: ...
 
     def measure(self, scorer: Scorer, seed: int) -> Measured: ...
 
@@ -62,8 +65,12 @@ class FileTask:
         if self.limit is not None and self.limit < 2:
             raise ConfigError(f"limit={self.limit}: must be at least 2, for a standard error")
 
-    def files(self) -> list[str]:
-        return [] if self.file is None else [self.file]
+    def places(self) -> dict[str, Any]:
+        return {"file": self.file}
+
+    def versions(self) -> dict[str, str]:
+        """Of other packages whose code decides the numbers."""
+        return {"lm_eval": version("lm_eval")} if self.source == "lm_eval" else {}
 
     def measure(self, scorer: Scorer, seed: int) -> Measured:
         if self.source == "lm_eval":
@@ -110,7 +117,9 @@ def build_tasks(entries: Sequence[Any]) -> dict[str, Task]:
 
 
 def settings(task: Task) -> dict[str, Any]:
-    """What the numbers of a task depend on, as JSON values: its options, and digests of its local files."""
+    """What the numbers of a task depend on, as JSON values: its options, ``digests`` (option -> those of the local
+    files behind it, for every option of :meth:`Task.places` that has some), and ``versions`` of others' code."""
     options = {key: value for key, value in asdict(task).items() if key != "name"}  # type: ignore[call-overload]
-    digests = [digest_of(Path(file)) for file in task.files() if Path(file).is_file()]
-    return options | {"digests": digests}
+    digests = {key: local_digests(place) for key, place in task.places().items()}
+    found = {key: digest for key, digest in digests.items() if digest is not None}
+    return options | {"digests": found, "versions": task.versions()}

@@ -1,5 +1,6 @@
 """Every kind of folder becomes the model that it holds."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -59,6 +60,19 @@ def test_adapter_on_its_base(trained: LlamaDecoder, model_folder: Path, tmp_path
     assert_same(loaded.model, trained)
     assert loaded.base == model_folder
     assert loaded.weights != load_model(model_folder).weights
+
+
+def test_any_byte_of_the_weights_or_the_config_counts(model_folder: Path, tmp_path: Path) -> None:
+    content = bytearray(2**20)
+    loaded = dataclasses.replace(load_model(model_folder), folder=tmp_path, base=None)
+    seen = set()
+    for config in ("{}", '{"rope_theta": 1}'):
+        for at in (0, 9000):  # the second is between the places that a run's own digest samples
+            (tmp_path / "config.json").write_text(config)
+            content[at] ^= 1
+            (tmp_path / "model.safetensors").write_bytes(content)
+            seen.add(loaded.weights)
+    assert len(seen) == 4
 
 
 def test_adapter_whose_base_has_moved(trained: LlamaDecoder, model_folder: Path, tmp_path: Path) -> None:

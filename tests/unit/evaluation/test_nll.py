@@ -71,6 +71,10 @@ def test_prefix_wise(variant: str, max_tokens: int, rows: list[tuple[Tensor, Ten
     assert found.positions == len(chosen) == 20
     assert found.teacher_forced.mean == pytest.approx(sum(whole) / 20, abs=1e-9)
     assert found.prefix_wise.mean == pytest.approx(sum(alone) / 20, abs=1e-9)
+    for sums, losses in ((found.inside_sums, whole), (found.alone_sums, alone)):
+        per_row = [sum(loss for loss, (r, _) in zip(losses, chosen, strict=True) if r == row) for row in range(5)]
+        assert sums == pytest.approx([s for s in per_row if s], abs=1e-9)
+    assert found.counts.tolist() == [count for row in range(5) if (count := sum(r == row for r, _ in chosen))]
     assert found.gap.mean == pytest.approx(found.prefix_wise.mean - found.teacher_forced.mean)
     assert (abs(found.gap.mean) > 1e-3) == (variant == "literal")
 

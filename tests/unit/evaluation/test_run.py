@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from omegaconf import OmegaConf
 
 from lrdint_tune import evaluate
 from lrdint_tune.errors import ConfigError
+from lrdint_tune.evaluation import record
 from lrdint_tune.evaluation.loading import Loaded
-from lrdint_tune.evaluation.run import compare, evaluate_model
+from lrdint_tune.evaluation.run import compare, evaluate_model, is_same_task
+from lrdint_tune.evaluation.tasks import Task, build_tasks, registry, settings
 from lrdint_tune.export import save_hf_folder
 from lrdint_tune.models import llama3_2
 from lrdint_tune.models.hf import iter_hf_folder
@@ -79,6 +82,70 @@ def test_another_content_of_the_file_is_measured_again(run: Run, files: dict[str
     lines = Path(files["arc"]).read_text().splitlines(keepends=True)
     Path(files["arc"]).write_text("".join(lines[:5]))
     assert run()["tasks"]["arc_easy"]["metrics"]["acc"]["n"] == 5
+
+
+def nll_task(**dataset: Any) -> Task:
+    return build_tasks([{"task": "nll", "dataset": {"_component_": "some.dataset", **dataset}}])["nll"]
+
+
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        {"source": "json", "data_files": "{tmp}/*.jsonl"},
+        {"source": "json", "data_files": ["{tmp}/a.jsonl", "{tmp}/b.jsonl"]},
+        {"source": "csv", "data_files": {"train": "{tmp}/a.jsonl", "test": "{tmp}/b*"}},
+        {"source": "{tmp}"},
+        {"data_files": "{tmp}/b.jsonl"},  # text_dataset's source
+    ],
+)
+def test_data_are_the_same_by_content_wherever_they_are(dataset: dict[str, Any], tmp_path: Path) -> None:
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+        for name in "ab":
+            (tmp_path / place / f"{name}.jsonl").write_text(name)
+    here, there = (
+        nll_task(**json.loads(json.dumps(dataset).replace("{tmp}", str(tmp_path / place))))
+        for place in ("here", "there")
+    )
+    result = json.loads(json.dumps({"settings": settings(here)}))
+    assert is_same_task(result, here) and is_same_task(result, there)
+    (tmp_path / "there" / "b.jsonl").write_text("other")
+    assert not is_same_task(result, there)
+
+
+def test_places_without_a_digest_are_compared_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("one.jsonl", "two.jsonl"):  # not the hub's files of these names
+        (tmp_path / name).write_text("x")
+    result = {"settings": settings(nll_task(source="user/set", data_files="one.jsonl", cache_dir="a"))}
+    assert is_same_task(result, nll_task(source="user/set", data_files="one.jsonl", cache_dir="b"))
+    assert not is_same_task(result, nll_task(source="user/set", data_files="two.jsonl", cache_dir="a"))
+
+
+def test_another_lm_eval_measures_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "require_lm_eval", lambda: None)
+    monkeypatch.setattr(registry, "version", lambda package: "1")
+    task = build_tasks([{"task": "some_task", "source": "lm_eval"}])["some_task"]
+    result = {"settings": settings(task)}
+    assert is_same_task(result, task)
+    monkeypatch.setattr(registry, "version", lambda package: "2")
+    assert not is_same_task(result, task)
+
+
+def test_another_tokenizer_or_version_is_not_mixed_in(
+    run: Run, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run()
+    folder = Path(shutil.copytree(model_folder, tmp_path / "copy"))
+    run(model=str(folder))  # elsewhere, but the same
+    monkeypatch.setattr(record, "__version__", "9")
+    with pytest.raises(ConfigError, match=r"with lrdint_tune='[\d.]+', this is .* '9'"):
+        run()
+    monkeypatch.undo()
+    file = folder / "tokenizer.json"
+    file.write_text(file.read_text() + "\n")
+    with pytest.raises(ConfigError, match=r"with tokenizer='\w+', this is"):
+        run(model=str(folder))
 
 
 def test_another_models_results_are_not_mixed_in(run: Run) -> None:
@@ -149,11 +216,21 @@ def test_long_text_and_held_out_rows_agree(loaded: Loaded, files: dict[str, str]
     nll, text = results["nll"]["metrics"], results["wikitext"]["metrics"]
     assert nll["perplexity"]["mean"] == pytest.approx(math.exp(nll["nll"]["mean"]))
     assert nll["leak"]["mean"] == pytest.approx(0, abs=1e-5)
+    paired = compare(results, results)["nll"]
+    assert paired.keys() == {"nll", "teacher_forced", "prefix_wise", "leak"}
+    assert all(difference.mean == 0 for difference in paired.values())
     assert sum(results["wikitext"]["items"]["nll"]["counts"]) == 900  # one token per byte
     total = sum(results["wikitext"]["items"]["nll"]["values"])
     assert text["word_perplexity"]["mean"] == pytest.approx(math.exp(total / 180))
     # Both cut 900 tokens into windows; the last one has more context here.
     assert nll["nll"]["mean"] == pytest.approx(text["nll"]["mean"], rel=0.05)
+
+
+def test_lines_of_a_text_end_at_newlines(loaded: Loaded, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("one two\x0bthree\nfour five\n")
+    task = {"task": "wikitext", "file": str(tmp_path / "text"), "limit": 1}
+    result = evaluate_model(loaded.model, loaded.tokenizer, [task], device="cpu")["wikitext"]
+    assert sum(result["items"]["nll"]["counts"]) == 14  # one token per byte
 
 
 def test_a_metric_over_other_tokens_does_not_pair() -> None:
