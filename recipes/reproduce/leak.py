@@ -18,21 +18,21 @@ VARIANTS = {
     "dint": {"model.method": "dint"},
     "literal": {"model.method": "dint", "model.integral": "sequence", "model.allow_future_leak": True},
 }
-# By preset: tokens a step, steps, and positions that are predicted from their prefix alone (of the literal form; of the
+# By preset: sequence lengths, tokens a step, steps, and positions that are predicted from their prefix alone (of the literal form; of the
 # others, which have no difference to show). What is missing is as for stories260k.
+LENGTHS = {"letters": (8, 64, 256)}
 TOKENS_PER_STEP = {"smollm2_135m": 256}
-STEPS = {"smollm2_135m": {64: 100, 256: 30}}
+STEPS = {"smollm2_135m": {64: 100, 256: 30}, "letters": {8: 600}}
 POSITIONS = {"letters": (512, 128), "smollm2_135m": (96, 32)}
 
 
 def runs(preset: str) -> Iterator[Run]:
     many, few = POSITIONS.get(preset, (1024, 256))
-    for n in (64, 256):
+    for n in LENGTHS.get(preset, (64, 256)):
         rows = TOKENS_PER_STEP.get(preset, 1024) // n
         for name, changes in VARIANTS.items():
             settings = {"max_seq_len": n, "batch_size": rows, "global_batch_size": rows}
-            if preset in STEPS:
-                steps = STEPS[preset][n]
+            if steps := STEPS.get(preset, {}).get(n):
                 settings |= {"max_steps_per_epoch": steps, "run_val_every_n_steps": steps // (2 if n == 256 else 4)}
             settings["prefix_wise_positions"] = many if name == "literal" else few
             if name != "none":
