@@ -18,20 +18,26 @@ from lrdint_tune.reproduce.results import Results, curve
 
 COLOURS = {"none": "#555555", "dint": "#1f77b4", "literal": "#d62728"}
 LABELS = {"none": "none (attention trained)", "dint": "DINT, causal", "literal": "DINT as printed"}
-LENGTHS = (64, 256)
 POINTS = 40  # of a training curve
 
 
+def lengths(results: Results) -> list[int]:
+    """The sequence lengths of the runs of recipes/reproduce/leak.py, named ``<variant>-n<length>``."""
+    return sorted({int(run.rpartition("-n")[2]) for run in results})
+
+
 def leak_figure(results: Results, file: Path, title: str, *, floor: float | None = None) -> None:
-    """Training loss, held-out loss and the leak along the run, at N = 64 and N = 256.
+    """Training loss, held-out loss and the leak along the run, a column for each N.
 
     Args:
         results: of recipes/reproduce/leak.py with one preset.
         floor: entropy of the data in nats per token, where it is known.
     """
-    figure, axes = plt.subplots(3, 2, figsize=(10, 9.5), sharex="col", squeeze=False)
-    axes[2, 1].sharey(axes[2, 0])
-    for column, n in enumerate(LENGTHS):
+    found_lengths = lengths(results)
+    size = (5 * len(found_lengths), 9.5)
+    figure, axes = plt.subplots(3, len(found_lengths), figsize=size, sharex="col", squeeze=False)
+    for column, n in enumerate(found_lengths):
+        axes[2, column].sharey(axes[2, 0])
         records = {name: list(results.get(f"{name}-n{n}", {}).values()) for name in COLOURS}
         records = {name: found for name, found in records.items() if found}
         train, held_out, leak = axes[:, column]
@@ -63,7 +69,7 @@ def leak_figure(results: Results, file: Path, title: str, *, floor: float | None
         strict=True,
     ):
         axis.set_ylabel(f"{label}\nnats per token" if "\n" not in label else label)
-    for axis in axes[:, 1]:
+    for axis in axes[:, -1]:
         axis.legend(fontsize=8)
     figure.suptitle(title)
     _save(figure, file)

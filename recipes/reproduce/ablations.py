@@ -37,11 +37,7 @@ LMAM: dict[str, dict[str, Any]] = {
     "lmam-not-P": {"position": "none"},
 }
 # What a machine of two cores can decide on a real model; the cluster's presets run everything.
-FEW = {
-    "smollm2_135m": (
-        "rank-1 rank-64 scale-variance scale-standard lam-annealed-0.8 factors-shared".split()
-    )
-}
+FEW = {"smollm2_135m": ("rank-1 rank-64 scale-variance scale-standard lam-annealed-0.8 factors-shared".split())}
 
 
 def runs(preset: str) -> Iterator[Run]:

@@ -5,8 +5,9 @@
     python recipes/reproduce/leak.py --preset smollm2_135m --data_dir DATA
     torchrun --nproc_per_node 8 recipes/reproduce/leak.py --preset llama3_2_1b
 
-Runs `none`, causal `dint` and `dint` as printed (`integral: sequence`) at N = 64 and N = 256, at equal data, and
-predicts held-out and training tokens both teacher-forced and prefix-wise along the run. Finished runs are not repeated.
+Runs `none`, causal `dint` and `dint` as printed (`integral: sequence`) at N = 64 and N = 256 (letters: N = 8 too), at
+equal data, and predicts held-out and training tokens both teacher-forced and prefix-wise along the run. Finished runs are
+not repeated.
 """
 
 from collections.abc import Iterator
@@ -18,8 +19,8 @@ VARIANTS = {
     "dint": {"model.method": "dint"},
     "literal": {"model.method": "dint", "model.integral": "sequence", "model.allow_future_leak": True},
 }
-# By preset: sequence lengths, tokens a step, steps, and positions that are predicted from their prefix alone (of the literal form; of the
-# others, which have no difference to show). What is missing is as for stories260k.
+# By preset: sequence lengths, tokens a step, steps, and positions that are predicted from their prefix alone (of the
+# literal form; of the others, which have no difference to show). What is missing is as for stories260k.
 LENGTHS = {"letters": (8, 64, 256)}
 TOKENS_PER_STEP = {"smollm2_135m": 256}
 STEPS = {"smollm2_135m": {64: 100, 256: 30}, "letters": {8: 600}}

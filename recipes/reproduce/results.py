@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from lrdint_tune.evaluation.statistics import Difference, paired_bootstrap
-from lrdint_tune.reproduce.figures import LENGTHS, difference_figure, grid_figure, layer_figure, leak_figure
+from lrdint_tune.reproduce.figures import difference_figure, grid_figure, layer_figure, leak_figure, lengths
 from lrdint_tune.reproduce.results import (
     Results,
     difference,
@@ -88,7 +88,7 @@ def leak_table(results: Results) -> str:
     head = ["N", "rows", "seeds", "gain over `none`", "of it leak", "of it survives from prefixes alone"]
     head.append("causal DINT: largest gap")
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    for n in LENGTHS:
+    for n in lengths(results):
         literal, none, causal = f"literal-n{n}", f"none-n{n}", f"dint-n{n}"
         if not {literal, none, causal} <= set(results):
             continue
@@ -160,15 +160,15 @@ def retrieval_table(records: dict[str, dict]) -> str:
 def retrieval_figures(records: dict[str, dict], folder: Path, preset: str) -> None:
     details = {name: record["needle"] for name, record in records.items()}
     first = next(iter(details.values()))
-    lengths = sorted({cell["length"] for cell in first["cells"]})
+    sizes = sorted({cell["length"] for cell in first["cells"]})
     depths = sorted({cell["depth"] for cell in first["cells"]})
     grids = {}
     for name, detail in details.items():
         found = {(cell["length"], cell["depth"]): cell["acc"]["mean"] for cell in detail["cells"]}
-        grids[name] = [[found[length, depth] for depth in depths] for length in lengths]
+        grids[name] = [[found[length, depth] for depth in depths] for length in sizes]
     grid_figure(
         grids,
-        lengths,
+        sizes,
         [f"{100 * depth:.0f}" for depth in depths],
         folder / f"retrieval_{preset}.png",
         title=f"{TITLES.get(preset, preset)}: needle retrieval (chance {first['chance']:.2f})",
