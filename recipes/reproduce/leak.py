@@ -6,8 +6,8 @@
     torchrun --nproc_per_node 8 recipes/reproduce/leak.py --preset llama3_2_1b
 
 Runs `none`, causal `dint` and `dint` as printed (`integral: sequence`) at N = 64 and N = 256 (letters: N = 8 too), at
-equal data, and predicts held-out and training tokens both teacher-forced and prefix-wise along the run. Finished runs are
-not repeated.
+equal data, and predicts held-out and training tokens both teacher-forced and prefix-wise along the run. Finished runs
+are not repeated.
 """
 
 from collections.abc import Iterator
