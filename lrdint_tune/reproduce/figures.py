@@ -127,7 +127,7 @@ def _readable_limits(axis: Axes, changes: list[Difference]) -> None:
     ends = sorted(max(abs(change.low), abs(change.high)) for change in changes)
     usual = ends[int(0.75 * (len(ends) - 1))]
     if ends and ends[-1] > 6 * usual > 0:
-        axis.set_xscale("symlog", linthresh=usual)
+        axis.set_xscale("symlog", linthresh=usual, linscale=3)
 
 
 def grid_figure(
