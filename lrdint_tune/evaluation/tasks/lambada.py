@@ -15,7 +15,7 @@ def _whole(row: Row) -> tuple[str, str]:
 # The hub's column, and those of llm-foundry's copy.
 LAYOUTS = (
     Layout(("text",), _whole),
-    Layout(("context", "continuation"), lambda row: (row["context"], f" {row['continuation'].lstrip()}")),
+    Layout(("context", "continuation"), lambda row: (row["context"], f" {row['continuation'].lstrip(' ')}")),
 )
 
 
