@@ -145,6 +145,12 @@ def test_lambada(tmp_path: Path, row: Any) -> None:
     assert read_items(write(tmp_path, row), LAYOUTS, None) == [("He took the", " ball")]
 
 
+def test_lambada_keeps_line_ends_before_the_word(tmp_path: Path) -> None:
+    """The file has one such item; lm-eval scores them too."""
+    row = {"context": "and saw the", "continuation": "\n\nrecorder"}
+    assert read_items(write(tmp_path, row), LAYOUTS, None) == [("and saw the", " \n\nrecorder")]
+
+
 SEPARATORS = "\u2028 \u0085 \x0b \x1c"  # where str.splitlines cuts too
 
 
