@@ -100,22 +100,24 @@ def _line(axis: Axes, records: list[dict[str, Any]], tag: str, *, smooth: int = 
     )
 
 
-def difference_figure(rows: list[tuple[str, Difference]], file: Path, title: str, xlabel: str) -> None:
-    """Paired differences with their 95 % intervals, one line per run; those beyond noise are filled.
+def difference_figure(rows: list[tuple[str, Difference, int]], file: Path, title: str, xlabel: str) -> None:
+    """Paired differences with their 95 % intervals, one line per run; those beyond noise are filled, if they
+    are of several seeds.
 
     Args:
-        rows: name and difference, in the order from top to bottom.
+        rows: name, difference and number of seeds, in the order from top to bottom.
     """
     figure, axis = plt.subplots(figsize=(7.5, 0.34 * len(rows) + 1.6))
-    for place, (_, change) in enumerate(rows):
-        colour = "#555555" if not change.is_beyond_noise else ("#2ca02c" if change.mean < 0 else "#d62728")
+    for place, (_, change, seeds) in enumerate(rows):
+        beyond = change.is_beyond_noise and seeds > 1
+        colour = "#555555" if not beyond else ("#2ca02c" if change.mean < 0 else "#d62728")
         axis.plot([change.low, change.high], [place, place], color=colour, linewidth=2)
-        face = colour if change.is_beyond_noise else "white"
+        face = colour if beyond else "white"
         axis.plot([change.mean], [place], "o", color=colour, markerfacecolor=face)
     axis.axvline(0, color="black", linewidth=0.8)
-    axis.set_yticks(range(len(rows)), [name for name, _ in rows])
+    axis.set_yticks(range(len(rows)), [f"{name} ({seeds} seed{'s' * (seeds > 1)})" for name, _, seeds in rows])
     axis.invert_yaxis()
-    _readable_limits(axis, [change for _, change in rows])
+    _readable_limits(axis, [change for _, change, _ in rows])
     axis.set_xlabel(xlabel)
     axis.set_title(title, fontsize=10)
     axis.grid(axis="x", alpha=0.3)

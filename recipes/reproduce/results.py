@@ -58,12 +58,15 @@ def main() -> None:
             times = options.results_dir / "step_times" / f"{preset}.json"
             ratios = json.loads(times.read_text())["ratios"] if times.is_file() and experiment == "methods" else {}
             tables[f"{experiment} {preset}"] = comparison_table(results, baseline, ratios)
-            rows = [(run, difference(results, run, base_of(run, baseline), "held_out")) for run in ordered(results)]
-            rows = [(run, change) for run, change in rows if run != base_of(run, baseline)]
+            rows = []
+            for run in ordered(results):
+                if (base := base_of(run, baseline)) != run:
+                    seeds = len(set(results[run]) & set(results[base]))
+                    rows.append((run, difference(results, run, base, "held_out"), seeds))
             difference_figure(
                 rows,
                 options.results_dir / f"{experiment}_{preset}.png",
-                f"{TITLES.get(preset, preset)}, {max(map(len, results.values()))} seed(s)",
+                TITLES.get(preset, preset),
                 f"held-out NLL minus that of {baseline}, nats per token (95 % interval)",
             )
     for folder in sorted((options.results_dir / "retrieval").glob("*")):
