@@ -1,12 +1,26 @@
 """One tiny run, trained once without interruption, that the tests compare with."""
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from lrdint_tune.training.world import end_world
 from tests.common.tiny_run import write_run
 from tests.distributed.harness import run_recipe
 from tests.integration.runs import SHORT
+
+
+@pytest.fixture(autouse=True)
+def no_process_group_is_left() -> Iterator[None]:
+    """A world that a test starts in this process listens on a port, which the runs of later tests would inherit."""
+    before = dict(os.environ)
+    yield
+    end_world()
+    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        if name not in before:
+            os.environ.pop(name, None)
 
 
 @pytest.fixture(scope="session")
