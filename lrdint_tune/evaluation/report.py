@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from html import escape
@@ -18,6 +17,7 @@ from lrdint_tune.evaluation.attention_record import RUN_FILE, read_record, step_
 from lrdint_tune.evaluation.heat_map import data_uri, pixels, unpack
 from lrdint_tune.evaluation.report_style import STYLE
 from lrdint_tune.evaluation.svg import Point, Series, chart
+from lrdint_tune.export.atomic import atomic_text
 
 Record = dict[str, Any]
 
@@ -99,12 +99,7 @@ def write_report(report: Report, file: Path) -> None:
             f"before, after: {shapes[0]} and {shapes[1]} layers and heads; compare models of one architecture"
         )
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    try:
-        partial.write_text(_page(report), encoding="utf-8")
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
+    atomic_text(file, _page(report))
 
 
 def _page(report: Report) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lrdint_tune.errors import ConfigError, NotSavedError
 from lrdint_tune.evaluation.statistics import Difference
+from lrdint_tune.export.atomic import atomic_text
 
 RESULTS_FILE = "results.json"
 FORMAT = 2
@@ -39,11 +39,9 @@ def write_results(file: Path, content: Mapping[str, Any]) -> None:
     Raises:
         NotSavedError: it cannot be written.
     """
-    partial = file.with_suffix(".partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps({"format": FORMAT, **content}) + "\n", encoding="utf-8")
-        os.replace(partial, file)
+        atomic_text(file, json.dumps({"format": FORMAT, **content}) + "\n")
     except OSError as error:
         raise NotSavedError(f"output_dir={str(file.parent)!r}: cannot be written ({error}); make room there") from None
 

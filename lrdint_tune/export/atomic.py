@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all."""
+"""Files and folders that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -11,6 +11,20 @@ from pathlib import Path
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+
+
+def atomic_text(file: Path, content: str) -> None:
+    """Write ``content`` to ``file`` in UTF-8; what was there stays if that fails.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    partial = file.with_suffix(".partial")
+    try:
+        partial.write_text(content, encoding="utf-8")
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import torch
 
 from lrdint_tune.errors import ConfigError
 from lrdint_tune.export import save_hf_folder
+from lrdint_tune.export.atomic import atomic_text
 from lrdint_tune.faults.tiny_run import STORIES, write_model
 from lrdint_tune.quickstart.prepare import is_complete, prepare_model
 from lrdint_tune.reproduce.stories260k import MODEL_FILE, TOKENIZER_FILE, stories260k
@@ -50,10 +50,10 @@ def _stories260k(data_dir: Path | None, folder: Path) -> None:
     if not (folder / "heldout.txt").is_file():
         book = _file(data_dir, "text/wizard_of_oz.txt").read_text(encoding="utf-8")
         cut = book.index("\n", int(len(book) * (1 - HELD_OUT)))
-        _write(folder / "train.txt", book[:cut])
-        _write(folder / "heldout.txt", book[cut:])
+        atomic_text(folder / "train.txt", book[:cut])
+        atomic_text(folder / "heldout.txt", book[cut:])
     if not (folder / "tiny_stories.txt").is_file():
-        _write(folder / "tiny_stories.txt", _file(data_dir, "text/tiny_stories.txt").read_text(encoding="utf-8"))
+        atomic_text(folder / "tiny_stories.txt", _file(data_dir, "text/tiny_stories.txt").read_text(encoding="utf-8"))
 
 
 def _smollm2_135m(data_dir: Path | None, folder: Path) -> None:
@@ -64,13 +64,13 @@ def _smollm2_135m(data_dir: Path | None, folder: Path) -> None:
         if (folder / f"{name}_text.jsonl").is_file():
             continue
         rows = _rows(_file(data_dir, f"gsm8k/{split}.jsonl"))
-        _write(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        atomic_text(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         texts = [{"text": f"Question: {row['question']}\nAnswer: {row['answer']}"} for row in rows]
-        _write(folder / f"{name}_text.jsonl", "".join(json.dumps(row) + "\n" for row in texts))
+        atomic_text(folder / f"{name}_text.jsonl", "".join(json.dumps(row) + "\n" for row in texts))
     if not (folder / "lambada.jsonl").is_file():
         rows = _rows(_file(data_dir, "eval/lambada_openai.jsonl"))
         rows = [{"context": row["context"], "continuation": " " + row["continuation"]} for row in rows]
-        _write(folder / "lambada.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        atomic_text(folder / "lambada.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _letters(data_dir: Path | None, folder: Path) -> None:
@@ -83,7 +83,7 @@ def _letters(data_dir: Path | None, folder: Path) -> None:
         if not file.is_file():
             generator = random.Random(f"letters {split}")
             texts = ("".join(generator.choices(LETTERS, k=512)) for _ in range(documents))
-            _write(file, "".join(json.dumps({"text": text}) + "\n" for text in texts))
+            atomic_text(file, "".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
 _KINDS: dict[str, Callable[[Path | None, Path], None]] = {
@@ -104,10 +104,3 @@ def _file(data_dir: Path | None, name: str) -> Path:
 def _rows(file: Path) -> list[Any]:
     """Those of a JSONL file, whose strings may hold any separator but a newline."""
     return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
-
-
-def _write(file: Path, content: str) -> None:
-    """Complete or not at all."""
-    partial = file.with_suffix(".partial")
-    partial.write_text(content, encoding="utf-8")
-    os.replace(partial, file)

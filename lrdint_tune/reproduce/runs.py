@@ -30,6 +30,7 @@ from omegaconf import OmegaConf
 from lrdint_tune import __version__
 from lrdint_tune.errors import ConfigError
 from lrdint_tune.evaluation.nll import Rows, document_nll
+from lrdint_tune.export.atomic import atomic_text
 from lrdint_tune.reproduce.materials import prepare
 from lrdint_tune.training.components import build_loader, build_tokenizer
 from lrdint_tune.training.config import TrainConfig, load_config
@@ -262,9 +263,7 @@ def write_json(file: Path, record: dict[str, Any], places: Mapping[str, str] | N
     text = json.dumps(_rounded(record)) + "\n"
     for place, name in (places or {}).items():
         text = text.replace(place, name)
-    partial_file = file.with_suffix(".partial")
-    partial_file.write_text(text)
-    os.replace(partial_file, file)
+    atomic_text(file, text)
 
 
 def _rounded(value: Any) -> Any:

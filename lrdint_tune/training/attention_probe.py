@@ -18,6 +18,7 @@ from lrdint_tune.evaluation.attention_record import RUN_FILE, as_record, look, s
 from lrdint_tune.evaluation.heat_map import pixels
 from lrdint_tune.evaluation.probe_text import probe_tokens
 from lrdint_tune.evaluation.report import report_of_run, write_report
+from lrdint_tune.export.atomic import atomic_text
 from lrdint_tune.models.decoder import LlamaDecoder
 from lrdint_tune.training.compilation import uncompiled
 from lrdint_tune.training.config import TrainConfig
@@ -57,7 +58,9 @@ class AttentionProbe:
                 if step == 0 or recorded > step:
                     file.unlink()
             metrics = os.path.relpath(self.metrics_file, self.folder)
-            _write(self.folder / RUN_FILE, {"config": dataclasses.asdict(self.cfg), "metrics": metrics})
+            atomic_text(
+                self.folder / RUN_FILE, json.dumps({"config": dataclasses.asdict(self.cfg), "metrics": metrics})
+            )
         except OSError as error:
             log.warning("%s: cannot be written (%s); the report will miss it", self.folder, error.strerror or error)
 
@@ -77,7 +80,7 @@ class AttentionProbe:
         file = self.folder / f"step-{step}.json"
         facts = {"step": step, "num_tokens": self.tokens.shape[1], "top_k": self.options.top_k}
         try:
-            _write(file, as_record(model, layers, **facts))
+            atomic_text(file, json.dumps(as_record(model, layers, **facts)))
         except OSError as error:
             log.warning("%s: cannot be written (%s); the run goes on without it", file, error.strerror or error)
         recorder.log(scalars(layers), step)
@@ -128,12 +131,3 @@ def scalars(layers: list[LayerStatistics]) -> dict[str, float]:
         for i, layer in enumerate(layers)
         for name in STATISTICS
     }
-
-
-def _write(file: Path, content: dict[str, Any]) -> None:
-    partial = file.with_suffix(".partial")
-    try:
-        partial.write_text(json.dumps(content))
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)

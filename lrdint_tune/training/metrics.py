@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.tensorboard.summary import histogram, image, scalar, text
 
 from lrdint_tune.errors import ConfigError
+from lrdint_tune.export.atomic import atomic_text
 
 log = logging.getLogger(__name__)
 
@@ -179,12 +180,7 @@ class TensorBoardLogger:
                 old.rename(old.with_name(f"replaced.{old.name.split('tfevents.')[1]}"))
         lines = self.json_file.read_text().splitlines() if self.json_file.is_file() else []
         kept = [line for line in lines if line.endswith("}") and 0 < resumed_step >= json.loads(line)["step"]]
-        partial = self.json_file.with_suffix(".partial")
-        try:
-            partial.write_text("".join(f"{line}\n" for line in kept))
-            os.replace(partial, self.json_file)
-        finally:
-            partial.unlink(missing_ok=True)
+        atomic_text(self.json_file, "".join(f"{line}\n" for line in kept))
 
 
 def append(file: Path, data: bytes) -> None:

@@ -16,11 +16,8 @@ from pathlib import Path
 
 from results import write_tables
 
-from lrdint_tune.evaluation.statistics import Estimate, mean_estimate
+from lrdint_tune.evaluation.statistics import Estimate, mean_estimate, student_t
 from lrdint_tune.reproduce.planted_noise_figure import cell_order, noise_figure
-
-# Student's t at 97.5 %, by the number of seeds; more seeds take the last, which is a little wide.
-T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 
 Key = tuple[str, str, int, float]  # cell, kind, rank, strength
 
@@ -55,7 +52,7 @@ def removed(found: list[dict], what: str) -> tuple[float, float]:
 
 
 def interval(estimate: Estimate) -> tuple[float, float]:
-    t = math.nan if estimate.n < 2 else T[min(estimate.n, max(T))]
+    t = math.nan if estimate.n < 2 else student_t(estimate.n - 1)
     return estimate.mean, t * estimate.stderr
 
 
