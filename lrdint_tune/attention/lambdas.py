@@ -33,6 +33,7 @@ class LambdaForm(nn.Module, ABC):
     Attributes:
         lam_init: ``λ_init``; NaN where the formula has none.
         default_init: the constant if none is given; None where it depends on the layer or there is none.
+        has_constant: whether there is a ``λ_init`` in the formula.
         sharings: which ``lam_sharing`` the form takes, its default first.
         observed: None, or float32 ``[3]`` that each forward fills with λ's mean, minimum and maximum, before it is
             rounded to the activations' dtype.
@@ -40,6 +41,7 @@ class LambdaForm(nn.Module, ABC):
 
     name: ClassVar[str]
     default_init: ClassVar[float | None] = None
+    has_constant: ClassVar[bool] = True
     sharings: ClassVar[tuple[str, ...]] = ("head", "layer")
 
     def __init__(self, shape: AttentionShape, count: int, lam_init: float | None) -> None:
@@ -81,6 +83,11 @@ class LambdaForm(nn.Module, ABC):
         """Whether λ is 0 before the first step, so that the pretrained function is unchanged."""
         return False
 
+    @property
+    def is_symmetric(self) -> bool:
+        """Whether training finds -λ as it finds λ, so that adding is subtracting mirrored."""
+        return False
+
 
 class Learned(LambdaForm):
     """``λ = p``, ``p`` starts at ``lam_init`` = 0 (the seeds' code). Parameter ``value`` ``[count]``."""
@@ -102,6 +109,10 @@ class Learned(LambdaForm):
     @property
     def starts_at_zero(self) -> bool:
         return self.lam_init == 0
+
+    @property
+    def is_symmetric(self) -> bool:
+        return self.starts_at_zero
 
 
 class Annealed(LambdaForm):
@@ -168,26 +179,61 @@ class Exponential(LambdaForm):
         return lam.view(-1, 1, 1)
 
 
-class Sigmoid(LambdaForm):
-    """``λ = sigmoid(x W_λ)`` per token (DIFF V2): between 0 and 1, about a half at the start.
+class PerToken(LambdaForm):
+    """``λ = f(x W_λ)``, one per token. Parameter ``weight`` ``[count, D]``."""
 
-    Parameter ``weight`` ``[count, D]``, initialised as ``nn.Linear``.
-    """
-
-    name = "sigmoid"
+    has_constant = False
 
     def __init__(self, shape: AttentionShape, count: int, lam_init: float | None) -> None:
         super().__init__(shape, count, lam_init)
         self.weight = nn.Parameter(torch.empty(count, shape.embed_dim, dtype=torch.float32))
         self.reset_parameters()
 
+    def lam(self, x: Tensor) -> Tensor:
+        logits = F.linear(x.to(self.weight.dtype), self.weight)  # [B, N, count]
+        return self.squash(logits).transpose(1, 2).unsqueeze(-1)
+
+    @staticmethod
+    @abstractmethod
+    def squash(logits: Tensor) -> Tensor:
+        """``f``, element by element."""
+
+
+class Sigmoid(PerToken):
+    """``λ = sigmoid(x W_λ)`` (DIFF V2): between 0 and 1, about a half at the start. ``W_λ`` is initialised as
+    ``nn.Linear``."""
+
+    name = "sigmoid"
+
     def reset_parameters(self) -> None:
         bound = 1 / math.sqrt(self.shape.embed_dim)
         nn.init.uniform_(self.weight, -bound, bound)
 
-    def lam(self, x: Tensor) -> Tensor:
-        logits = F.linear(x.to(self.weight.dtype), self.weight)  # [B, N, count]
-        return logits.sigmoid().transpose(1, 2).unsqueeze(-1)
+    @staticmethod
+    def squash(logits: Tensor) -> Tensor:
+        return logits.sigmoid()
+
+
+class Gated(PerToken):
+    """``λ = tanh(x W_λ)`` with ``W_λ = 0`` at the start: ``sigmoid``'s λ of each token for a model that starts as the
+    pretrained one (this project's). Between -1 and 1."""
+
+    name = "gated"
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+
+    @staticmethod
+    def squash(logits: Tensor) -> Tensor:
+        return logits.tanh()
+
+    @property
+    def starts_at_zero(self) -> bool:
+        return True
+
+    @property
+    def is_symmetric(self) -> bool:
+        return True
 
 
 class Fixed(LambdaForm):
@@ -210,7 +256,7 @@ class Fixed(LambdaForm):
 
 
 LAMBDA_FORMS: dict[str, type[LambdaForm]] = {
-    form.name: form for form in (Learned, Annealed, Exponential, Sigmoid, Fixed)
+    form.name: form for form in (Learned, Annealed, Exponential, Sigmoid, Gated, Fixed)
 }
 
 
@@ -226,10 +272,11 @@ def build_lambda(
     """Build a λ form from a method's options.
 
     Args:
-        form: ``learned | annealed | exponential | sigmoid | fixed``.
+        form: ``learned | annealed | exponential | sigmoid | gated | fixed``.
         shape: the layer.
         num_heads: how many heads a λ per head is for (``H``, or ``K`` where λ acts on values).
-        lam_init: the form's constant; None takes the form's default (0, 0.8, by layer, none, 0.1).
+        lam_init: the form's constant; None takes the form's default (0, 0.8, by layer, none, none,
+            0.1).
         lam_sharing: ``head`` (one λ per head) or ``layer`` (one per layer); None takes the form's default, ``head``
             (``exponential``: ``layer``).
         anneal_steps: ``T`` in optimizer steps, ``annealed`` only; None takes 1000.
@@ -248,8 +295,10 @@ def build_lambda(
         )
     if lam_init is not None:
         number("lam_init", lam_init, hint=f", or null for the default of lam={form}")
-        if cls is Sigmoid:
-            raise ConfigError(f"lam_init={lam_init!r}: lam='sigmoid' has no such constant; remove it")
+        if not cls.has_constant:
+            raise ConfigError(
+                f"lam_init={lam_init!r}: lam={form!r} has no such constant; remove it, or set lam=learned"
+            )
         lam_init = float(lam_init)
     sharing = lam_sharing or (cls.sharings[0] if cls.sharings else "layer")
     count = num_heads if sharing == "head" else 1

@@ -172,6 +172,7 @@ ABLATIONS: dict[str, Cell] = {
     "dint rank-32": Cell("dint", {"rank": 32}),
     "dint lam-annealed": Cell("dint", {"lam": "annealed"}),
     "dint lam-exponential": Cell("dint", {"lam": "exponential"}),
+    "dint lam-gated": Cell("dint", {"lam": "gated"}),
     "dint lam-sigmoid": Cell("dint", {"lam": "sigmoid"}),
     "dint lam-fixed-0.1": Cell("dint", {"lam": "fixed"}),
     "diff lam-annealed": Cell("diff", {"lam": "annealed"}),

@@ -5,7 +5,7 @@
     torchrun --nproc_per_node 8 recipes/reproduce/ablations.py --preset llama3_2_1b
 
 Compared with the runs of `methods.py` that differ in that setting alone: `dint` (the default), `lmam`; DINT without its
-integral is `diff` there. Finished runs are not repeated.
+integral is `diff` there, with a λ of each token `dint_gated`. Finished runs are not repeated.
 """
 
 from collections.abc import Iterator
@@ -23,6 +23,8 @@ DINT: dict[str, dict[str, Any]] = {
     "lam-annealed-0.8": {"lam": "annealed", "lam_init": 0.8},
     "lam-exponential": {"lam": "exponential"},
     "lam-sigmoid": {"lam": "sigmoid"},
+    "lam-sigmoid-add": {"lam": "sigmoid", "combine": "add"},
+    "lam-gated-add": {"lam": "gated", "combine": "add"},
     "lam-fixed-0.1": {"lam": "fixed", "lam_init": 0.1},
     "factors-shared": {"factors": "shared"},
     "noise-heads-kv": {"noise_heads": "kv"},
@@ -37,16 +39,21 @@ LMAM: dict[str, dict[str, Any]] = {
     "lmam-not-P": {"position": "none"},
 }
 # What a machine of two cores can decide on a real model; the cluster's presets run everything.
-FEW = {"smollm2_135m": ("rank-1 rank-64 scale-variance scale-standard lam-annealed-0.8 factors-shared".split())}
+FEW = {
+    "smollm2_135m": (
+        "scale-variance scale-standard lam-annealed-0.2 lam-annealed-0.8 lam-sigmoid lam-sigmoid-add "
+        "lam-gated-add factors-shared rank-1 rank-4 rank-64"
+    ).split()
+}
 
 
 def runs(preset: str) -> Iterator[Run]:
-    cells = {name: {"method": "dint", **options} for name, options in DINT.items()}
-    cells |= {f"rank-{r}": {"method": "dint", "rank": r} for r in RANKS.get(preset, LARGER_RANKS)}
-    cells |= {name: {"method": "lmam", **options} for name, options in LMAM.items()}
-    for name, options in cells.items():
+    options = {**DINT, **{f"rank-{r}": {"rank": r} for r in RANKS.get(preset, LARGER_RANKS)}}
+    cells = {name: {"method": "dint", **changed} for name, changed in options.items()}
+    cells |= {name: {"method": "lmam", **changed} for name, changed in LMAM.items()}
+    for name, model in cells.items():
         if name in FEW.get(preset, cells):
-            yield Run(name, {f"model.{key}": value for key, value in options.items()})
+            yield Run(name, {f"model.{key}": value for key, value in model.items()})
 
 
 if __name__ == "__main__":

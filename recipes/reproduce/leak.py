@@ -23,7 +23,7 @@ VARIANTS = {
 # literal form; of the others, which have no difference to show). What is missing is as for stories260k.
 LENGTHS = {"letters": (8, 64, 256)}
 TOKENS_PER_STEP = {"smollm2_135m": 256}
-STEPS = {"smollm2_135m": {64: 100, 256: 30}, "letters": {8: 600}}
+STEPS = {"smollm2_135m": {64: 100, 256: 30}, "letters": {8: 600, 64: 2000, 256: 2000}}
 POSITIONS = {"letters": (512, 128), "smollm2_135m": (96, 32)}
 
 

@@ -10,9 +10,13 @@ Finished runs are not repeated. recipes/reproduce/step_times.py times the same m
 
 from collections.abc import Iterator
 
+from lrdint_tune.reproduce import gate
 from lrdint_tune.reproduce.runs import Experiment, Run, command_line
 
+gate.register()
+
 METHODS = ("none", "dint", "diff", "daa", "dex", "diffq", "diffk", "diffv", "difflora", "lmam")
+GATED = ("dint", "diff")  # with a λ of each token too
 # The rank at which LoRA on q_proj and v_proj has as many parameters as DINT of rank 8 (to 0.6 %).
 LORA_RANK = {"stories260k": 31, "smollm2_135m": 32, "llama3_2_1b": 101}
 
@@ -20,6 +24,9 @@ LORA_RANK = {"stories260k": 31, "smollm2_135m": 32, "llama3_2_1b": 101}
 def runs(preset: str) -> Iterator[Run]:
     for method in METHODS:
         yield Run(method, {"model.method": method}, keep=True)
+    for method in GATED:
+        yield Run(f"{method}_gated", {"model.method": method, "model.lam": "gated"}, keep=True)
+    yield Run("control_gate", {"model.method": "gate"})
     dint = {"model.method": "dint"}
     yield Run("control_full", {"trainable": ["all"]})
     rank = LORA_RANK[preset]

@@ -31,6 +31,8 @@ TITLES = {
     "smollm2_135m": "SmolLM2-135M on GSM8K",
     "llama3_2_1b": "Llama-3.2-1B on OpenMathInstruct-2",
 }
+# Runs of methods.py that differ from `dint` or `lmam` in one setting.
+COMPARED = ("dint", "dint_gated", "diff", "lmam")
 FLOORS = {"letters": math.log(8)}
 
 
@@ -50,7 +52,7 @@ def main() -> None:
             preset, results = folder.name, load_results(folder)
             if experiment == "ablations":
                 compared = load_results(options.results_dir / "methods" / preset)
-                results |= {run: compared[run] for run in ("dint", "diff", "lmam") if run in compared}
+                results |= {run: compared[run] for run in COMPARED if run in compared}
             if baseline not in results:
                 print(f"{folder}: left out, {baseline} is not there yet (recipes/reproduce/methods.py)")
                 continue

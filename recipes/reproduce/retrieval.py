@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
-from methods import METHODS
+from methods import GATED, METHODS
 
 from lrdint_tune.evaluation.attention_maps import attention_statistics
 from lrdint_tune.evaluation.loading import load_model
@@ -39,7 +39,7 @@ if threads:
 work = (options.work_dir / options.preset).absolute()
 preset = load_preset(options.preset, "methods", work)
 folders = {"base": Path(preset.config["checkpointer"]["checkpoint_dir"])}
-folders |= {name: work / "methods" / f"{name}-seed0" / "hf" for name in METHODS}
+folders |= {name: work / "methods" / f"{name}-seed0" / "hf" for name in (*METHODS, *(f"{m}_gated" for m in GATED))}
 device = torch.device("cpu" if preset.config["device"] == "cpu" else "cuda")
 needle = {"task": "needle", "lengths": options.lengths, "depths": options.depths, "samples": options.samples}
 needle |= {"needles": options.needles, "candidates": max(4, options.needles)}

@@ -17,7 +17,7 @@ from tests.common.reference.lam import DEFAULT_FORM, lambda_form
 
 KV_HEADS = {"mha": 4, "gqa": 2, "mqa": 1}
 """Key/value heads beside TINY's four query heads."""
-LAMBDAS = ("learned", "annealed", "exponential", "sigmoid", "fixed")
+LAMBDAS = ("learned", "annealed", "exponential", "sigmoid", "gated", "fixed")
 MAIN_LAYOUTS = ("causal", "packed", "left_padded", "right_padded")
 STEP, ANNEAL_STEPS = 4, 10
 """Where the annealed schedule stands wherever lambda is to be away from 0."""
@@ -111,6 +111,7 @@ def _variants() -> list[MethodCase]:
         add(f"{method}-annealed-layer", lam="annealed", lam_sharing="layer", lam_init=0.5)
         add(f"{method}-exponential-head", lam="exponential", lam_sharing="head", lam_init=-0.25)
         add(f"{method}-sigmoid-layer", lam="sigmoid", lam_sharing="layer")
+        add(f"{method}-gated-layer", lam="gated", lam_sharing="layer")
         add(f"{method}-fixed-negative", lam="fixed", lam_init=-0.3125)
     add("dint-sequence", integral="sequence", allow_future_leak=True)
     add("daa-after", position="after")
@@ -227,11 +228,15 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"method": "difflora", "secondary_scale": "seed"}, "no such option"),
     ({"method": "difflora", "factors": "shared"}, "no such option"),
     # Lambda options that a form does not use.
-    *[({"method": m, "lam": "sigmoid", "lam_init": 0.3}, "lam_init") for m in _HAS_LAMBDA],
+    *[({"method": m, "lam": lam, "lam_init": 0.3}, "lam_init") for m in _HAS_LAMBDA for lam in ("sigmoid", "gated")],
     *[({"method": m, "lam": "fixed", "lam_sharing": "head"}, "lam_sharing") for m in _HAS_LAMBDA],
     *[({"method": m, "lam": "fixed", "anneal_steps": 5}, "anneal_steps") for m in _HAS_LAMBDA],
-    # The norm's factor is 1 - lam_init, which a sigmoid does not have.
-    *[({"method": m, "lam": "sigmoid", "sublayer_norm": True}, "sublayer_norm") for m in _NORMED],
+    # The norm's factor is 1 - lam_init, which a lambda of each token does not have.
+    *[
+        ({"method": m, "lam": lam, "sublayer_norm": True}, "sublayer_norm")
+        for m in _NORMED
+        for lam in ("sigmoid", "gated")
+    ],
     # Values.
     *[
         ({"method": m, "combine": "add", "lam": "learned"}, "combine=.add..*mirror")

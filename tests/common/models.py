@@ -61,7 +61,7 @@ def wake(model: LlamaDecoder, low: float = 0.2, high: float = 0.8) -> LlamaDecod
             if tail == "lam.value":
                 parameter.uniform_(low, high)
                 parameter[1::2] *= -1
-            elif tail.startswith("lam."):  # the vectors of `exponential`, the weight of `sigmoid`
+            elif tail.startswith("lam."):  # the vectors of `exponential`, the weight of `sigmoid` and `gated`
                 parameter.normal_(std=0.4)
             elif tail in ("w_daa", "w_d", "w_dex"):
                 parameter.add_(torch.randn_like(parameter), alpha=0.5 * parameter.shape[-1] ** -0.5)

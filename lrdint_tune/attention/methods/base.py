@@ -164,7 +164,8 @@ class DifferentialMethod(AttentionMethod):
         shape: the layer's sizes.
         lam, lam_init, lam_sharing, anneal_steps: the λ form, see :func:`~lrdint_tune.attention.lambdas.build_lambda`.
         combine: ``subtract``, or ``add`` for the control that adds the same new term instead. With a λ that starts at 0
-            and is free to take either sign (``learned``) that would be the same training mirrored, so it is refused.
+            and is free to take either sign (``learned``, ``gated``) that would be the same training mirrored, so it is
+            refused.
         lam_heads: how many heads a λ per head is for; None takes ``H``. Not an option.
 
     Raises:
@@ -194,9 +195,9 @@ class DifferentialMethod(AttentionMethod):
             lam_sharing=lam_sharing,
             anneal_steps=anneal_steps,
         )
-        if self.sign > 0 and self.add_mirrors and lam == "learned" and self.lam.starts_at_zero:
+        if self.sign > 0 and self.add_mirrors and self.lam.is_symmetric:
             raise ConfigError(
-                "combine='add': with lam='learned', which starts at 0, it is the mirror of subtract; use another lam"
+                f"combine='add': with lam={lam!r}, which starts at 0, it is the mirror of subtract; use another lam"
             )
 
     @classmethod

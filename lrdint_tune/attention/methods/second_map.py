@@ -70,8 +70,10 @@ class SecondMap(DifferentialMethod):
             self.cached_streams = ("k2",)
         self.norm = None
         if flag("sublayer_norm", sublayer_norm):
-            if options.get("lam") == "sigmoid":
-                raise ConfigError("sublayer_norm=true: needs a λ_init, which lam='sigmoid' has not; choose another lam")
+            if not self.lam.has_constant:
+                raise ConfigError(
+                    f"sublayer_norm=true: needs a λ_init, which lam={self.lam.name!r} has not; choose another lam"
+                )
             warn_once(
                 "sublayer_norm=true: for training from scratch; pretrained weights do not survive a norm after the "
                 "subtraction"

@@ -4,6 +4,7 @@ learned      p
 annealed     (1 - a) (t/T) lam_init + a p, a = min(1, t/T)
 exponential  exp(a1 . b1) - exp(a2 . b2) + lam_init
 sigmoid      sigmoid(x W)
+gated        tanh(x W)
 fixed        lam_init
 """
 
@@ -54,9 +55,11 @@ def reference_lambda(
         one = torch.stack([torch.dot(a1[i], b1[i]).exp() for i in range(count)])
         two = torch.stack([torch.dot(a2[i], b2[i]).exp() for i in range(count)])
         lam = one - two + lambda_init(options, layer)
-    elif form == "sigmoid":
+    elif form in ("sigmoid", "gated"):
         weight = weights["lam.weight"].reshape(count, x.shape[-1])
-        per_token = torch.stack([1 / (1 + torch.exp(-(x @ weight[i]))) for i in range(count)], dim=1)
+        logits = torch.stack([x @ weight[i] for i in range(count)], dim=1)
+        sigmoid = 1 / (1 + torch.exp(-logits))
+        per_token = sigmoid if form == "sigmoid" else 2 / (1 + torch.exp(-2 * logits)) - 1
         return per_token.expand(-1, heads, -1)
     else:
         raise ValueError(f"unknown lambda form {form!r}")

@@ -130,6 +130,7 @@ def test_size_of_lambda(method: str) -> None:
         "annealed": {None: heads, "head": heads, "layer": 1},
         "exponential": {None: 4 * spec.head_dim, "head": 4 * heads * spec.head_dim, "layer": 4 * spec.head_dim},
         "sigmoid": {None: heads * spec.embed_dim, "head": heads * spec.embed_dim, "layer": spec.embed_dim},
+        "gated": {None: heads * spec.embed_dim, "head": heads * spec.embed_dim, "layer": spec.embed_dim},
         "fixed": {None: 0},
     }
     for lam, by_sharing in expected.items():
