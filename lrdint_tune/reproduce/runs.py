@@ -111,7 +111,8 @@ def run_experiment(experiment: Experiment, options: argparse.Namespace, job: Job
     """Every run that has no result file yet, seed by seed.
 
     Raises:
-        ConfigError: an unknown preset or run, missing data, or a config the recipe refuses.
+        ConfigError: an unknown preset or run, missing data, a config the recipe refuses, or a work folder that holds
+            another run.
     """
     work = (options.work_dir / options.preset).absolute()
     preset = load_preset(options.preset, experiment.name, work)
@@ -134,6 +135,7 @@ def run_experiment(experiment: Experiment, options: argparse.Namespace, job: Job
                 continue
             if world is None:
                 world = _start(options, cfg, work, job)
+            world.on_main(lambda cfg=cfg: claim(cfg))
             outcome = _one(experiment, preset, cfg, world, job)
             if world.is_main:
                 results.mkdir(parents=True, exist_ok=True)
@@ -147,6 +149,22 @@ def run_experiment(experiment: Experiment, options: argparse.Namespace, job: Job
                 if not run.keep:
                     shutil.rmtree(cfg.output_dir, ignore_errors=True)
             gc.collect()
+
+
+def claim(cfg: TrainConfig) -> None:
+    """Note in the run's work folder whose it is: the checkpoint of a run with other settings, such as another
+    ``key=value``, would be resumed as this run's own.
+
+    Raises:
+        ConfigError: the folder holds one.
+    """
+    folder = Path(cfg.output_dir)
+    file = folder / "experiment.json"
+    text = json.dumps(dataclasses.asdict(cfg), sort_keys=True)
+    if (folder / "checkpoints").is_dir() and (not file.is_file() or file.read_text(encoding="utf-8") != text):
+        raise ConfigError(f"--work_dir: {folder} holds a run of other settings; remove it, or give another --work_dir")
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic_text(file, text)
 
 
 def load_preset(name: str, experiment: str, work: Path) -> Preset:

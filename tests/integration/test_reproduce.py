@@ -155,6 +155,21 @@ def test_an_experiment_goes_on_where_it_was(tiny: Path, job: Job, monkeypatch: p
     assert done.returncode == 0, done.stderr
 
 
+def test_a_run_of_other_settings_is_not_taken_for_this_one(tiny: Path, job: Job) -> None:
+    """The folder of a kept model has a checkpoint, which a run would go on from."""
+    experiment = Experiment("trial", lambda preset: [Run("dint", keep=True)])
+    run_experiment(experiment, options(tiny), job)
+    file = tiny / "results" / "trial" / "tiny" / "dint-seed0.json"
+    first = file.read_bytes()
+    file.unlink()
+    with pytest.raises(ConfigError, match="dint-seed0 holds a run of other settings"):
+        run_experiment(experiment, options(tiny, overrides=["lam_lr=0.5"]), job)
+    assert not file.exists()
+    run_experiment(experiment, options(tiny), job)  # its own checkpoint
+    again, before = json.loads(file.read_bytes()), json.loads(first)
+    assert again["held_out"] == before["held_out"] and again["curves"] == before["curves"]
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
