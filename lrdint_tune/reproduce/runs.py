@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,7 @@ def run_experiment(experiment: Experiment, options: argparse.Namespace, job: Job
                 continue
             if world is None:
                 world = _start(options, cfg, work, job)
-            world.on_main(lambda cfg=cfg: claim(cfg))
+            world.on_main(partial(claim, cfg))
             outcome = _one(experiment, preset, cfg, world, job)
             if world.is_main:
                 results.mkdir(parents=True, exist_ok=True)
