@@ -41,7 +41,6 @@ METHODS: dict[str, dict[str, Any]] = {
 OTHERS: dict[str, dict[str, Any]] = {
     "diff, exponential": {"method": "diff", "rank": 3, "factors": "shared", "noise_heads": "kv", "lam": "exponential"},
     "dint, sigmoid": {"method": "dint", "rank": 3, "lam": "sigmoid", "secondary_keys": "shared"},
-    "dint, gated": {"method": "dint", "rank": 3, "lam": "gated"},
     "dint, full rank": {"method": "dint", "rank": None, "lam_init": 0.3, "lam_sharing": "layer"},
     "daa, after RoPE": {"method": "daa", "position": "after", "lam_sharing": "layer", **HALF_WAY},
     "dex, one matrix": {"method": "dex", "sharing": "layer", "lam": "exponential", "lam_sharing": "head"},
