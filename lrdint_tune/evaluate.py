@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,58 +18,15 @@ from omegaconf import DictConfig
 
 from lrdint_tune.entry import recipe
 from lrdint_tune.errors import ConfigError
-from lrdint_tune.evaluation.loading import DTYPES, load_model
+from lrdint_tune.evaluation.config import EvaluateConfig
+from lrdint_tune.evaluation.loading import load_model
 from lrdint_tune.evaluation.record import describe, kept_results
 from lrdint_tune.evaluation.results import RESULTS_FILE, read_results, table, write_results
 from lrdint_tune.evaluation.run import compare, measure_tasks
-from lrdint_tune.evaluation.scoring import MAX_TOKENS
 from lrdint_tune.evaluation.tasks import build_tasks
 from lrdint_tune.exit_codes import DONE
-from lrdint_tune.training.config import Section, check_choice, load_config
+from lrdint_tune.training.config import load_config
 from lrdint_tune.training.world import resolve_device
-
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """The keys of configs/evaluate.yaml.
-
-    Attributes:
-        model: what :func:`~lrdint_tune.evaluation.loading.load_model` takes.
-        output_dir: where ``results.json`` is written.
-        tasks: what to measure, see docs/evaluation.md.
-        base_model: the pretrained folder of an adapter or a checkpoint, if it is elsewhere now.
-        tokenizer: a section as in training configs; null: the tokenizer in the model's folder.
-        baseline: another model's ``results.json``.
-        device: ``auto``, ``cpu`` or ``cuda``.
-        dtype: ``fp32`` or ``bf16``.
-        max_seq_len: the most tokens given to the model at once; null: its limit.
-        max_tokens: of a forward, padding included.
-        seed: of what tasks draw, and of the bootstrap.
-    """
-
-    model: str
-    output_dir: str
-    tasks: list[Any]
-    base_model: str | None = None
-    tokenizer: Section | None = None
-    baseline: str | None = None
-    device: str = "auto"
-    dtype: str = "fp32"
-    max_seq_len: int | None = None
-    max_tokens: int = MAX_TOKENS
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_choice("device", self.device, ("auto", "cpu", "cuda"))
-        check_choice("dtype", self.dtype, tuple(DTYPES))
-        if not self.tasks:
-            raise ConfigError("tasks=[]: nothing to measure; list some, see configs/evaluate.yaml")
-        if self.max_tokens < 1:
-            raise ConfigError(f"max_tokens={self.max_tokens}: must be at least 1")
-        if self.seed < 0:
-            raise ConfigError(f"seed={self.seed}: must not be negative")
-        if self.tokenizer is not None and "_component_" not in self.tokenizer:
-            raise ConfigError(f"tokenizer={self.tokenizer}: has no _component_; give the dotted path of what to build")
 
 
 @recipe()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,51 +18,15 @@ from omegaconf import DictConfig
 from lrdint_tune.entry import recipe
 from lrdint_tune.errors import ConfigError
 from lrdint_tune.evaluation.attention_record import as_record, look, read_record
-from lrdint_tune.evaluation.loading import DTYPES, load_model
+from lrdint_tune.evaluation.config import ReportConfig
+from lrdint_tune.evaluation.loading import load_model
 from lrdint_tune.evaluation.probe_text import probe_tokens
 from lrdint_tune.evaluation.report import Report, report_of_run, write_report
 from lrdint_tune.exit_codes import DONE
-from lrdint_tune.options import positive_int
-from lrdint_tune.training.config import Section, check_choice, load_config
+from lrdint_tune.training.config import load_config
 from lrdint_tune.training.world import resolve_device
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ReportConfig:
-    """The keys of configs/report.yaml.
-
-    Attributes:
-        run: output folder of a run that had an ``attention_probe``; or else
-        before, after: each a ``step-N.json`` of such a run, or a folder of a model, which is then looked at.
-        output: the file; null: ``report.html`` in the run's folder, or here.
-        base_model, tokenizer, device, dtype: for model folders, as in configs/evaluate.yaml.
-        text_file, max_tokens, top_k, heads_shown: for model folders, as in a run's ``attention_probe``.
-    """
-
-    run: str | None = None
-    before: str | None = None
-    after: str | None = None
-    output: str | None = None
-    base_model: str | None = None
-    tokenizer: Section | None = None
-    device: str = "cpu"
-    dtype: str = "fp32"
-    text_file: str | None = None
-    max_tokens: int = 256
-    top_k: int = 8
-    heads_shown: int = 4
-
-    def __post_init__(self) -> None:
-        if (self.run is None) == (self.before is None) or (self.before is None) != (self.after is None):
-            raise ConfigError(
-                f"run={self.run!r}, before={self.before!r}, after={self.after!r}: give either run, or before and after"
-            )
-        check_choice("device", self.device, ("auto", "cpu", "cuda"))
-        check_choice("dtype", self.dtype, tuple(DTYPES))
-        for key in ("max_tokens", "top_k", "heads_shown"):
-            positive_int(key, getattr(self, key))
 
 
 @recipe()

@@ -143,6 +143,10 @@ class Annealed(LambdaForm):
     def starts_at_zero(self) -> bool:
         return True
 
+    @property
+    def is_symmetric(self) -> bool:
+        return self.lam_init == 0
+
     def advance(self, step: int) -> None:
         self.step.fill_(step)
 

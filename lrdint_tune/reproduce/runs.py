@@ -153,17 +153,19 @@ def run_experiment(experiment: Experiment, options: argparse.Namespace, job: Job
 
 
 def claim(cfg: TrainConfig) -> None:
-    """Note in the run's work folder whose it is: the checkpoint of a run with other settings, such as another
-    ``key=value``, would be resumed as this run's own.
+    """Note in the run's work folder whose it is: the checkpoint of a run with another config, such as another
+    ``key=value``, would be resumed as this run's own. Other paths are another config too.
 
     Raises:
-        ConfigError: the folder holds one.
+        ConfigError: the folder holds a checkpoint of another config, or of one that is not noted.
     """
     folder = Path(cfg.output_dir)
     file = folder / "experiment.json"
     text = json.dumps(dataclasses.asdict(cfg), sort_keys=True)
     if (folder / "checkpoints").is_dir() and (not file.is_file() or file.read_text(encoding="utf-8") != text):
-        raise ConfigError(f"--work_dir: {folder} holds a run of other settings; remove it, or give another --work_dir")
+        raise ConfigError(
+            f"--work_dir: {folder} holds a run of other or unknown settings; remove it, or give another --work_dir"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     atomic_text(file, text)
 

@@ -16,10 +16,9 @@ from omegaconf import OmegaConf
 
 import lrdint_tune.models
 from lrdint_tune.consolidate import ConsolidateConfig
-from lrdint_tune.evaluate import EvaluateConfig
+from lrdint_tune.evaluation.config import EvaluateConfig, ReportConfig
 from lrdint_tune.models import llama3_2
 from lrdint_tune.planning.options import PlanOptions
-from lrdint_tune.report import ReportConfig
 from lrdint_tune.training.config import load_config
 from tests.common.tiny_run import SIZES, write_model
 

@@ -162,7 +162,7 @@ def test_a_run_of_other_settings_is_not_taken_for_this_one(tiny: Path, job: Job)
     file = tiny / "results" / "trial" / "tiny" / "dint-seed0.json"
     first = file.read_bytes()
     file.unlink()
-    with pytest.raises(ConfigError, match="dint-seed0 holds a run of other settings"):
+    with pytest.raises(ConfigError, match="dint-seed0 holds a run of other or unknown settings"):
         run_experiment(experiment, options(tiny, overrides=["lam_lr=0.5"]), job)
     assert not file.exists()
     run_experiment(experiment, options(tiny), job)  # its own checkpoint
