@@ -144,7 +144,8 @@ def grid_figure(
     """
     wide = min(4, len(grids))
     high = math.ceil(len(grids) / wide)
-    figure, axes = plt.subplots(high, wide, figsize=(2.7 * wide + 0.6, 2.3 * high + 0.6), squeeze=False)
+    size = (2.4 * wide + 0.9, 1.8 * high + 0.9)
+    figure, axes = plt.subplots(high, wide, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat:
         axis.set_visible(False)
     image = None
@@ -156,7 +157,8 @@ def grid_figure(
         axis.set_yticks(range(len(rows)), rows, fontsize=7)
         for i, line in enumerate(grid):
             for j, value in enumerate(line):
-                axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color="white")
+                colour = "white" if value < (1 + chance) / 2 else "black"  # viridis ends in yellow
+                axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
     figure.suptitle(title, fontsize=10)
     figure.supxlabel("depth of the needle, %", fontsize=9)
     figure.supylabel("haystack, tokens", fontsize=9)
@@ -170,8 +172,15 @@ def layer_figure(lines: dict[str, list[float]], file: Path, title: str, ylabel: 
     """One line per model over the layers; the first two (pretrained, control) are drawn bold."""
     figure, axis = plt.subplots(figsize=(8, 4.5))
     for place, (name, values) in enumerate(lines.items()):
-        style: dict[str, Any] = {"color": "black", "linewidth": 2.2} if place == 0 else {"linewidth": 1.2}
-        if place == 1:
+        # Ten colours, and then again with dots.
+        style: dict[str, Any] = {
+            "linewidth": 1.2,
+            "color": f"C{(place - 2) % 10}",
+            "linestyle": "-" if place < 12 else ":",
+        }
+        if place == 0:
+            style = {"color": "black", "linewidth": 2.2}
+        elif place == 1:
             style = {"color": "#555555", "linewidth": 2.2, "linestyle": "--"}
         axis.plot(range(len(values)), values, label=name, **style)
     axis.set_xlabel("layer")
