@@ -1,6 +1,7 @@
 """A rank that dies, freezes or hangs ends the job in time, by name; what only takes long does not."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -71,7 +72,9 @@ def test_a_frozen_rank(config: Path, tmp_path: Path, rank: int) -> None:
     outcome = lost(config, tmp_path, "SIGSTOP", rank=rank)
     assert (outcome.codes[rank], outcome.codes[1 - rank]) == (KILLED, LOST_RANK), "the frozen one falls to the harness"
     assert f"lost rank {rank} on {HOST}: no sign of life for" in said(outcome)
-    assert ", step " in said(outcome) and "the same command goes on from the last checkpoint" in said(outcome)
+    # Its last beat may be older than the step: then it was in the validation before.
+    assert re.search("last heard of in (validation|.*, step )", said(outcome))
+    assert "the same command goes on from the last checkpoint" in said(outcome)
 
 
 def test_a_killed_rank(config: Path, finished: Path, tmp_path: Path) -> None:
