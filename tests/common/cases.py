@@ -239,8 +239,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ],
     # Values.
     *[
-        ({"method": m, "combine": "add", "lam": "learned"}, "combine=.add..*mirror")
+        ({"method": m, "combine": "add", **form}, "combine=.add..*mirror")
         for m in sorted(_HAS_LAMBDA)
+        for form in ({"lam": "learned"}, {"lam": "gated"}, {"lam": "annealed", "lam_init": 0.0})
         if m != "dint"
     ],
     *[({"method": m, "lam_init": float("nan")}, "lam_init=nan") for m in _HAS_LAMBDA],
