@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -30,6 +32,11 @@ class Gate(DifferentialMethod):
         return self.difference(o1, o1, self.lam(ctx.x))
 
 
-def register() -> None:
-    """Make ``method: gate`` known in this process."""
+@contextmanager
+def registered() -> Iterator[None]:
+    """``method: gate`` in configs, inside this context only: it is a control, not one of the package's methods."""
     METHODS[Gate.name] = Gate
+    try:
+        yield
+    finally:
+        del METHODS[Gate.name]

@@ -10,10 +10,8 @@ Finished runs are not repeated. recipes/reproduce/step_times.py times the same m
 
 from collections.abc import Iterator
 
-from lrdint_tune.reproduce import gate
+from lrdint_tune.reproduce.gate import registered
 from lrdint_tune.reproduce.runs import Experiment, Run, command_line
-
-gate.register()
 
 METHODS = ("none", "dint", "diff", "daa", "dex", "diffq", "diffk", "diffv", "difflora", "lmam")
 GATED = ("dint", "diff")  # with a λ of each token too
@@ -39,4 +37,5 @@ def runs(preset: str) -> Iterator[Run]:
 
 
 if __name__ == "__main__":
-    command_line(Experiment("methods", runs), __doc__)
+    with registered():
+        command_line(Experiment("methods", runs), __doc__)

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from methods import runs
 
+from lrdint_tune.reproduce.gate import registered
 from lrdint_tune.reproduce.runs import load_preset, one_process, preset_threads, versions, write_json
 from lrdint_tune.reproduce.step_times import step_time_ratios
 
@@ -31,13 +32,14 @@ if threads:
 preset = load_preset(options.preset, "methods", Path("unused"))
 if options.tokens < preset.config["max_seq_len"]:
     sys.exit(f"error: --tokens {options.tokens}: less than a sequence, max_seq_len={preset.config['max_seq_len']}")
-ratios = step_time_ratios(
-    preset,
-    {run.name: run for run in runs(options.preset)},
-    rounds=options.rounds,
-    tokens=options.tokens,
-    dtype=getattr(torch, options.dtype),
-)
+with registered():
+    ratios = step_time_ratios(
+        preset,
+        {run.name: run for run in runs(options.preset)},
+        rounds=options.rounds,
+        tokens=options.tokens,
+        dtype=getattr(torch, options.dtype),
+    )
 file = options.results_dir / "step_times" / f"{options.preset}.json"
 file.parent.mkdir(parents=True, exist_ok=True)
 write_json(

@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from lrdint_tune.errors import ConfigError
 from lrdint_tune.launching.options import compose, parse
 from lrdint_tune.reproduce import runs as runs_module
+from lrdint_tune.reproduce.gate import registered
 from lrdint_tune.reproduce.runs import Experiment, Run, load_preset, run_config, run_experiment
 from lrdint_tune.training.components import build_model
 from lrdint_tune.training.config import TrainConfig, load_config
@@ -53,7 +54,8 @@ def test_every_run_is_a_config_of_the_recipe(experiment: str, preset: str, tmp_p
     names = []
     for run in script(experiment).runs(preset):
         cfg = load_config(OmegaConf.create(run_config(loaded, experiment, run, 0, tmp_path)))
-        build_model(cfg)
+        with registered():
+            build_model(cfg)
         names.append(run.name)
     assert len(names) == len(set(names)) > 4
 
