@@ -71,6 +71,14 @@ def main() -> None:
                 TITLES.get(preset, preset),
                 f"held-out NLL minus that of {baseline}, nats per token (95 % interval)",
             )
+    for preset in sorted({folder.name for folder in options.results_dir.glob("lam_lr/*/methods/*")}):
+        results = load_results(options.results_dir / "methods" / preset)
+        found = {"none": results["none"]}
+        for folder in sorted(options.results_dir.glob(f"lam_lr/*/methods/{preset}")):
+            for run, seeds in load_results(folder).items():
+                found[run] = results[run]
+                found[f"{run} lam_lr={folder.parts[-3]}"] = seeds
+        tables[f"lam_lr {preset}"] = comparison_table(found, "none", {})
     for folder in sorted((options.results_dir / "retrieval").glob("*")):
         records = {file.stem: json.loads(file.read_text()) for file in folder.glob("*.json")}
         records = {name: records[name] for name in sorted(records, key=lambda n: (n != "base", n != "none", n))}

@@ -48,13 +48,10 @@ def uncompiled(file: Path, size: int) -> Step:
     return run_ranks(trainer_step, size, file, {"model.lam_init": 0.3})[0]
 
 
-SLOW = {(2, None), (2, "every_k"), (2, "full")}
-
-
 @pytest.mark.parametrize(
     ("size", "mode"),
     [
-        pytest.param(size, mode, marks=[pytest.mark.slow] if (size, mode) in SLOW else [])
+        pytest.param(size, mode, marks=[] if (size, mode) == (1, "selective") else [pytest.mark.slow])
         for size in (1, 2)
         for mode in MODES
     ],
@@ -66,11 +63,12 @@ def test_checkpointing(run: Path, size: int, mode: str | None) -> None:
         assert_same_step(step, uncompiled(run, size), loss=1e-5, gradients=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model",
     [
         pytest.param(method("dex", lam="exponential"), id="dex"),
-        pytest.param(method("lmam", n=256, scale=1.0, softmax_map=True), id="lmam", marks=pytest.mark.slow),
+        pytest.param(method("lmam", n=256, scale=1.0, softmax_map=True), id="lmam"),
     ],
 )
 def test_bf16(run: Path, model: dict[str, Any]) -> None:
@@ -92,6 +90,7 @@ def inductor_step(file: Path, changes: dict[str, Any]) -> Step:
     return trainer_step(file, {**changes, "compile": True})
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "model", [method("dint", rank=3, lam_init=0.3), method("lmam", n=256, scale=1.0)], ids=["dint", "lmam"]

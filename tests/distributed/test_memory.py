@@ -56,6 +56,7 @@ def test_blocks_that_stay_gathered_compute_the_same(run: Path) -> None:
 # ---------------------------------------------------------------------- optimizer_in_bwd
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "options"),
     [
@@ -161,6 +162,7 @@ def offloaded_steps(file: Path, changes: dict[str, Any]) -> tuple[list[dict[str,
     return values, tracker.shapes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["full", "selective"])
 def test_activations_that_wait_elsewhere(run: Path, mode: str) -> None:
     """The input of each block and nothing else travels, and comes back once."""

@@ -39,6 +39,7 @@ def adapted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -157,6 +158,7 @@ def _gathered_in_fp8(file: Path, changes: dict[str, Any]) -> tuple[list[float], 
     return losses, types
 
 
+@pytest.mark.slow
 def test_weights_gathered_in_fp8(adapted: Path, tmp_path: Path) -> None:
     """Frozen weights and trained ones: their scale is that of the whole weight, as it is on one rank."""
     changes = {**FP8, "fp8_all_gather": True, "output_dir": str(tmp_path)}

@@ -16,6 +16,8 @@ from lrdint_tune.training.trainer import Trainer
 from tests.common.tiny_run import read_losses, write_run
 from tests.integration.runs import checkpoints, finished_run, killed
 
+pytestmark = pytest.mark.slow
+
 # 12 steps in two epochs; 80 packs of the 120 rows, so rows share sequences.
 RUN: dict[str, Any] = {"epochs": 2, "max_steps_per_epoch": 6, "save_every_n_steps": 3, "dataset_val": None}
 

@@ -21,6 +21,8 @@ from lrdint_tune.training.checkpoint.storage import CheckpointWriter
 from tests.distributed.harness import run_recipe
 from tests.integration.runs import KILLED, assert_same_losses, checkpoints, finished_run, killed, tree
 
+pytestmark = pytest.mark.slow
+
 
 def _die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)

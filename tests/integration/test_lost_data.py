@@ -17,6 +17,8 @@ from tests.common.tiny_run import read_losses
 from tests.distributed.harness import run_recipe
 from tests.integration.runs import assert_same_losses, checkpoints, finished_run, values
 
+pytestmark = pytest.mark.slow
+
 
 def _damage(step: int, how: str) -> None:
     """Remove or truncate what the training rows are read from, before the step after ``step``."""

@@ -24,6 +24,8 @@ from tests.distributed.harness import Outcome, run_recipe
 from tests.integration.kill_ranks import REPOSITORY, environment, ranks_of, recorded_step, torchrun
 from tests.integration.runs import KILLED, assert_same_losses, checkpoints, finished_run
 
+pytestmark = pytest.mark.slow
+
 HOST = socket.gethostname()
 TIMEOUT = 5
 

@@ -68,6 +68,7 @@ def bad_rows(outputs: list[str]) -> str:
     return match.group(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_bad_loss(config: Path, tmp_path: Path, size: int, value: float) -> None:
@@ -138,6 +139,7 @@ def test_skipped_gradient(config: Path, tmp_path: Path) -> None:
     assert "(loss finite, gradient not); skipped, 1 of" in outcome.outputs[0]
 
 
+@pytest.mark.slow
 def test_limit_holds_over_restarts(config: Path, tmp_path: Path) -> None:
     """The count belongs to the checkpoint, and a resumed run goes on as if it had not been interrupted."""
     bad = partial(_bad_batch, 1, 0, math.nan)

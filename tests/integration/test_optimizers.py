@@ -22,6 +22,7 @@ def later(output_dir: Path, step: int) -> dict[int, float]:
     return {at: loss for at, loss in read_losses(output_dir).items() if at > step}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2])
 def test_updates_in_the_backward_pass(config: Path, tmp_path: Path, size: int) -> None:
     """From the first step or from a checkpoint, it is the run that updates after the pass."""
@@ -81,6 +82,7 @@ def whole(wide: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int
     return cache(lambda size: eight_bit_run(wide, tmp_path_factory.mktemp("whole") / "out", size=size))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 2), (2, 1), (1, 2)])
 def test_eight_bit_state_is_resumed(
     wide: Path, whole: Callable[[int], Path], tmp_path: Path, before: int, after: int
@@ -93,6 +95,7 @@ def test_eight_bit_state_is_resumed(
     assert values(tmp_path, "lr") == {step: rates[step] for step in range(4, 9)}
 
 
+@pytest.mark.slow
 def test_eight_bits_in_the_backward_pass(wide: Path, tmp_path: Path) -> None:
     free = "clip_grad_norm=null"
     after = eight_bit_run(wide, tmp_path / "after", free, size=2)

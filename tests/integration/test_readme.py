@@ -66,6 +66,7 @@ def test_commands_with_a_config(command: str) -> None:
     assert "--nnodes" not in words or "--rdzv_endpoint" in words
 
 
+@pytest.mark.slow
 def test_modules_run() -> None:
     for command in commands("python -m "):
         module = shlex.split(command)[2]

@@ -28,6 +28,7 @@ def test_resume_in_the_middle_of_an_epoch(config: Path, finished: Path, tmp_path
     assert values(tmp_path, "lr") == values(finished, "lr")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2])
 def test_checkpoint_right_after_a_validation(config: Path, tmp_path: Path, size: int) -> None:
     """A forward without backward leaves FSDP2 with gathered parameters, those of the root too; the save that follows
@@ -108,6 +109,7 @@ def test_annealed_schedule_goes_on(config: Path, tmp_path: Path) -> None:
     assert values(tmp_path / "cut", "lambda_mean/layers.1") == lam
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 1), (1, 2)])
 def test_resume_with_uneven_shards_and_other_world_sizes(
     uneven: tuple[Path, Path], tmp_path: Path, before: int, after: int

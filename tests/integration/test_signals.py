@@ -26,6 +26,7 @@ def stopped(config: Path, *overrides: str, code: int = PREEMPTED, size: int = 1,
     return outcome
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code", "size", "rank"),
     [
@@ -68,6 +69,7 @@ def test_twice_without_a_step(config: Path, finished: Path, tmp_path: Path) -> N
     assert_same_losses(tmp_path, finished)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [4, 8])
 def test_a_validation_cut_short_is_made_up_for(config: Path, tmp_path: Path, step: int) -> None:
     """In the middle and at the end: its number is that of the undisturbed run."""

@@ -12,6 +12,7 @@ from tests.integration.kill_ranks import REPOSITORY
 TUNE = Path(sys.executable).with_name("tune")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "config", "overrides"),
     [

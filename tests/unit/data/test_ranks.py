@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from lrdint_tune.training.data import main_process_first
 
 RANK = """
@@ -53,6 +55,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_prepare_in_turn_and_fail_together(tmp_path: Path, jsonl: Callable[..., str]) -> None:
     good = jsonl([{"q": str(i), "a": "x"} for i in range(1200)])
     bad = jsonl([{"q": "1"}], "bad.jsonl")

@@ -88,6 +88,7 @@ def base(request: pytest.FixtureRequest) -> tuple[str, Any]:
     return host, model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["daa", "lmam"])
 def test_loss_falls_below_that_of_the_pinned_branch(base: tuple[str, Any], method: str, tmp_path: Path) -> None:
     host, pretrained = base

@@ -88,6 +88,7 @@ class Packed(Measured):
 LONG = 8192
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "lengths",
     [[LONG], [5000, 3, 3189], [64] * 128, [128] + [2] * 4032],

@@ -135,6 +135,7 @@ def test_optimizer_that_needs_values_is_refused() -> None:
         measure_optimizer(section, [{"params": [torch.empty(8, 8, device="meta")]}], "cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [case for case in CASES if "lam" not in case.options], ids=str)
 def test_every_variant(case: MethodCase) -> None:
     """Each method with each of its options (λ's forms hold next to nothing) can be run without values, or is refused by

@@ -361,6 +361,7 @@ def test_what_training_refuses_is_refused(changes: dict[str, Any], message: str)
         plan(planned_config(model=model, **changes) if model else planned_config(**changes), cpu(ranks))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changed",
     [

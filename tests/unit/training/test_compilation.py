@@ -117,6 +117,7 @@ def test_other_packings_are_not_compiled_again(name: str, mode: str | None, grap
     assert graphs.count == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dint-learned", "lmam"])
 def test_other_dense_masks_and_lengths_are_compiled_once_more(name: str, graphs: Graphs) -> None:
     """Documents in dense masks; then rows of other lengths, which become a variable at the second."""
@@ -135,6 +136,7 @@ def test_other_dense_masks_and_lengths_are_compiled_once_more(name: str, graphs:
     assert lengths[-1] <= 4 and lengths[-1] == lengths[-3], lengths
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "mode"),
     [("dint-annealed", None), ("diffv-sigmoid", None), ("dint-annealed", "full"), ("lmam", "selective")],
@@ -159,6 +161,7 @@ def test_diagnostics(name: str, mode: str | None, graphs: Graphs) -> None:
     assert graphs.count == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [None, "full", "every_k", "selective"])
 def test_what_is_kept(mode: str | None, graphs: Graphs) -> None:
     """The compiled backward pass computes products again where they were not kept."""
@@ -193,6 +196,7 @@ def dropping(mode: str | None = None) -> LlamaDecoder:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [None, "full", "every_k", "selective"])
 def test_adapters_with_dropout(mode: str | None, graphs: Graphs) -> None:
     """What is computed again draws the same numbers."""
