@@ -45,7 +45,6 @@ ROWS: dict[str, list[dict[str, Any]]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ROWS)
 def test_same_numbers(loaded: Loaded, tmp_path: Path, task: str) -> None:
-    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'lrdint-tune[lm-eval]'")
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in ROWS[task]))
     entries = [{"task": task, "file": str(file), "source": source, "name": source} for source in ("file", "lm_eval")]
