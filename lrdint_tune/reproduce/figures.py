@@ -41,7 +41,8 @@ def leak_figure(results: Results, file: Path, title: str, *, floor: float | None
         records = {name: list(results.get(f"{name}-n{n}", {}).values()) for name in COLOURS}
         records = {name: found for name, found in records.items() if found}
         train, held_out, leak = axes[:, column]
-        train.set_title(f"N = {n} ({max(map(len, records.values()), default=0)} seed(s))")
+        seeds = max(map(len, records.values()), default=0)
+        train.set_title(f"N = {n}, {'one seed' if seeds == 1 else f'{seeds} seeds'}")
         for name, found in records.items():
             steps = len(found[0]["curves"]["loss_metrics/global_avg_loss"])
             style: dict[str, Any] = {"color": COLOURS[name], "label": LABELS[name]}
