@@ -71,20 +71,31 @@ def main() -> None:
                 TITLES.get(preset, preset),
                 f"held-out NLL minus that of {baseline}, nats per token (95 % interval)",
             )
-    for preset in sorted({folder.name for folder in options.results_dir.glob("lam_lr/*/methods/*")}):
-        results = load_results(options.results_dir / "methods" / preset)
-        found = {"none": results["none"]}
-        for folder in sorted(options.results_dir.glob(f"lam_lr/*/methods/{preset}")):
-            for run, seeds in load_results(folder).items():
-                found[run] = results[run]
-                found[f"{run} lam_lr={folder.parts[-3]}"] = seeds
-        tables[f"lam_lr {preset}"] = comparison_table(found, "none", {})
+    tables |= lam_lr_tables(options.results_dir)
     for folder in sorted((options.results_dir / "retrieval").glob("*")):
         records = {file.stem: json.loads(file.read_text()) for file in folder.glob("*.json")}
         records = {name: records[name] for name in sorted(records, key=lambda n: (n != "base", n != "none", n))}
         tables[f"retrieval {folder.name}"] = retrieval_table(records)
         retrieval_figures(records, options.results_dir, folder.name)
     write_tables(options.document, tables)
+
+
+def lam_lr_tables(results_dir: Path) -> dict[str, str]:
+    """Runs of methods.py at other learning rates of λ (`lam_lr/<rate>`), beside those at the preset's."""
+    tables = {}
+    for preset in sorted({folder.name for folder in results_dir.glob("lam_lr/*/methods/*")}):
+        others = {
+            f"{run} lam_lr={folder.parts[-3]}": seeds
+            for folder in results_dir.glob(f"lam_lr/*/methods/{preset}")
+            for run, seeds in load_results(folder).items()
+        }
+        runs = {"none", *(run.split()[0] for run in others)}
+        results = load_results(results_dir / "methods" / preset)
+        if missing := sorted(runs - set(results)):
+            print(f"lam_lr, {preset}: left out, {missing} are not there yet (recipes/reproduce/methods.py)")
+            continue
+        tables[f"lam_lr {preset}"] = comparison_table({run: results[run] for run in runs} | others, "none", {})
+    return tables
 
 
 def base_of(run: str, baseline: str) -> str:

@@ -91,7 +91,6 @@ def inductor_step(file: Path, changes: dict[str, Any]) -> Step:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "model", [method("dint", rank=3, lam_init=0.3), method("lmam", n=256, scale=1.0)], ids=["dint", "lmam"]
 )

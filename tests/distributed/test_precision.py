@@ -44,11 +44,11 @@ def adapted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "changes",
     [
         pytest.param(FP8, id="tensorwise"),
-        pytest.param({**FP8, "dtype": "fp32"}, id="tensorwise, fp32", marks=pytest.mark.slow),
-        pytest.param({**FP8, "fp8": "rowwise"}, id="rowwise", marks=pytest.mark.slow),
+        pytest.param({**FP8, "dtype": "fp32"}, id="tensorwise, fp32"),
+        pytest.param({**FP8, "fp8": "rowwise"}, id="rowwise"),
         pytest.param({**FP8, "fp8": "rowwise_with_gw_hp"}, id="rowwise_with_gw_hp"),
         pytest.param(NF4, id="nf4"),
-        pytest.param({**NF4, "dtype": "fp32"}, id="nf4, fp32", marks=pytest.mark.slow),
+        pytest.param({**NF4, "dtype": "fp32"}, id="nf4, fp32"),
         pytest.param(
             {**NF4, "data_parallel_replicate_dim": 2, "data_parallel_shard_dim": 1}, id="nf4, replicas of one shard"
         ),

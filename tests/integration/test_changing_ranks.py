@@ -72,7 +72,7 @@ def attempts(config: Path, out: Path, plan: list[tuple[int, int | None]]) -> Ite
     "plan",
     [
         pytest.param([(1, 3), (2, 6), (4, 9), (1, None)], id="1-2-4-1"),
-        pytest.param([(1, 4), (2, 8), (4, 11), (1, None)], id="1-2-4-1, between checkpoints", marks=pytest.mark.slow),
+        pytest.param([(1, 4), (2, 8), (4, 11), (1, None)], id="1-2-4-1, between checkpoints"),
     ],
 )
 def test_rows_and_losses(config: Path, tmp_path: Path, plan: list[tuple[int, int | None]]) -> None:

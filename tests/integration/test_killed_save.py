@@ -146,7 +146,6 @@ def _die_during_a_save(folder: Path, seconds: float) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-@pytest.mark.slow
 def test_killed_at_random_moments_of_a_save(config: Path, finished: Path, tmp_path: Path) -> None:
     out = (f"output_dir={tmp_path}", "save_every_n_steps=1")
     delay = random.Random(0)

@@ -163,7 +163,6 @@ def test_a_failure_waits_for_nothing(config: Path, tmp_path: Path, how: str, cod
     assert line in outcome.outputs[0]
 
 
-@pytest.mark.slow
 def test_what_takes_long_is_no_hang(config: Path, finished: Path, tmp_path: Path) -> None:
     """Loading, the first step (compiled code), a save and the export, each longer than the timeout on one rank."""
     places = [("_load_model", 0), ("_take_batches", 0), ("save", 3), ("export", 8)]
@@ -203,7 +202,6 @@ def long_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_run(tmp_path_factory.mktemp("long"), global_batch_size=2, epochs=1000, dataset_val=None)
 
 
-@pytest.mark.slow
 def test_ranks_do_not_outlive_their_launcher(long_config: Path, tmp_path: Path) -> None:
     job = started(long_config, tmp_path / "out")
     ranks = ranks_of(job.pid).values()
@@ -214,7 +212,6 @@ def test_ranks_do_not_outlive_their_launcher(long_config: Path, tmp_path: Path) 
     assert "Traceback" not in (tmp_path / "out" / "log").read_text()
 
 
-@pytest.mark.slow
 def test_a_job_that_stood_still_is_stopped_by_its_launcher(long_config: Path, tmp_path: Path) -> None:
     """A scheduler may freeze a whole job for longer than the timeout: no rank is to blame. Later it pre-empts it."""
     out = tmp_path / "out"
