@@ -1,4 +1,4 @@
-"""Every file in ``configs/`` trains: five steps with only model size, tokenizer and data replaced."""
+"""Every file in ``configs/`` trains: five steps with only model size, tokenizer, data and the number of passes replaced."""
 
 import json
 import shutil
@@ -86,6 +86,8 @@ def test_five_steps(file: Path, host: dict[str, Any], tmp_path: Path) -> None:
         }
     config |= {"output_dir": str(tmp_path / "out"), "max_seq_len": LENGTH, "epochs": 1, "max_steps_per_epoch": STEPS}
     config |= {"device": "cpu", "batch_size_val": 8, "tensor_parallel_dim": 1}  # on one process
+    if "global_batch_size" in config:
+        config["global_batch_size"] = 2 * config["batch_size"]  # two passes a step
     written = tmp_path / "config.yaml"
     written.write_text(yaml.safe_dump(config))
     outcome = run_recipe(written, timeout=240)
