@@ -1,4 +1,4 @@
-"""Every file in ``configs/`` trains: five steps with only model size, tokenizer, data and the number of passes replaced."""
+"""Every file in ``configs/`` trains: five steps, with model size, tokenizer, data and passes a step replaced."""
 
 import json
 import shutil
