@@ -102,13 +102,13 @@ def curve(records: list[dict[str, Any]], tag: str, *, smooth: int = 1) -> Curve:
 
 @dataclass(frozen=True)
 class Split:
-    """What the literal form gains over ``none`` at the end of the run, in nats per token, and what becomes of it; the
+    """What a form of DINT gains over ``none`` at the end of the run, in nats per token, and what becomes of it; the
     half widths are those of 95 % intervals.
 
     Attributes:
         gain, gain_half_width: in the training loss (mean of the last tenth of the steps), or in the NLL of all held-out
             tokens, teacher-forced.
-        leak, leak_half_width: of the literal form's final weights, at sampled positions of the same kind of rows.
+        leak, leak_half_width: of its final weights, at sampled positions of the same kind of rows.
         survives, survives_half_width: ``gain - leak``.
     """
 
@@ -126,19 +126,19 @@ class Split:
         return math.hypot(self.gain_half_width, self.leak_half_width)
 
 
-def split(results: Results, literal: str, none: str, group: str) -> Split:
-    """Split the literal form's gain, over the seeds that both runs have.
+def split(results: Results, form: str, none: str, group: str) -> Split:
+    """Split the gain of the run ``form`` over ``none``, over the seeds that both have.
 
     Args:
         group: ``training_rows`` or ``validation_metrics``.
     """
-    seeds = sorted(set(results[literal]) & set(results[none]))
-    leak = curve([results[literal][seed] for seed in seeds], f"{group}/leak")
+    seeds = sorted(set(results[form]) & set(results[none]))
+    leak = curve([results[form][seed] for seed in seeds], f"{group}/leak")
     if group == "validation_metrics":
-        found = difference(results, none, literal, "held_out")
+        found = difference(results, none, form, "held_out")
         gain, half = found.mean, found.high - found.mean
     else:
-        gains = np.array([_last_losses(results[none][s]) - _last_losses(results[literal][s]) for s in seeds])
+        gains = np.array([_last_losses(results[none][s]) - _last_losses(results[form][s]) for s in seeds])
         gain, half = float(gains.mean()), half_width_over_seeds(gains)
     return Split(gain, half, float(leak.mean[-1]), float(leak.half_width[-1]))
 
