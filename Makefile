@@ -1,5 +1,5 @@
 # make quickstart    environment, model, data, then a short fine-tuning run
-# make test          environment, then the tests that take seconds; make test-slow runs the others
+# make test          environment, then the tests that take up to some five seconds; make test-slow runs the others
 # make lint          ruff and mypy
 #
 # PYTHON=python3.12            another interpreter, 3.10 or newer

@@ -20,6 +20,7 @@ LORA_RANK = {"stories260k": 31, "smollm2_135m": 32, "llama3_2_1b": 101}
 
 
 def runs(preset: str) -> Iterator[Run]:
+    """Its ``control_gate`` can be built where :func:`~lrdint_tune.reproduce.gate.registered` is entered."""
     for method in METHODS:
         yield Run(method, {"model.method": method}, keep=True)
     for method in GATED:

@@ -94,6 +94,9 @@ def lam_lr_tables(results_dir: Path) -> dict[str, str]:
         if missing := sorted(runs - set(results)):
             print(f"lam_lr, {preset}: left out, {missing} are not there yet (recipes/reproduce/methods.py)")
             continue
+        if alone := [run for run, seeds in others.items() if not set(seeds) & set(results["none"])]:
+            print(f"lam_lr, {preset}: {alone} left out, no seed of theirs was run with method none")
+        others = {run: seeds for run, seeds in others.items() if run not in alone}
         tables[f"lam_lr {preset}"] = comparison_table({run: results[run] for run in runs} | others, "none", {})
     return tables
 
@@ -110,25 +113,29 @@ def ordered(results: Results) -> list[str]:
 
 def leak_table(results: Results) -> str:
     head = ["N", "rows", "seeds", "gain over `none`", "of it leak", "of it survives from prefixes alone"]
-    head += ["causal DINT's gain", "its largest gap"]
+    head += ["causal DINT's gain", "gain over causal DINT", "causal DINT: largest gap"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for n in lengths(results):
-        literal, none, causal = f"literal-n{n}", f"none-n{n}", f"dint-n{n}"
-        if not {literal, none, causal} <= set(results):
+        literal, none, causal = runs = (f"literal-n{n}", f"none-n{n}", f"dint-n{n}")
+        if not set(runs) <= set(results):
             continue
-        seeds = len(set(results[literal]) & set(results[none]))
+        seeds = set.intersection(*(set(results[run]) for run in runs))
+        found = {run: {seed: results[run][seed] for seed in sorted(seeds)} for run in runs}
         for group, name in (("training_rows", "training"), ("validation_metrics", "held-out")):
-            gaps = [abs(v) for r in results[causal].values() for _, v in r["curves"][f"{group}/leak"]]
-            part, control = split(results, literal, none, group), split(results, causal, none, group)
-            # Of one seed's training loss there is no interval.
-            gain, causal_gain = (
-                f"{p.gain:+.4f}" + (f" ± {p.gain_half_width:.4f}" if p.gain_half_width else "") for p in (part, control)
+            gaps = [abs(v) for r in found[causal].values() for _, v in r["curves"][f"{group}/leak"]]
+            part, control, beyond = (
+                split(found, run, base, group) for run, base in ((literal, none), (causal, none), (literal, causal))
             )
-            leak = f"{part.leak:+.4f} ± {part.leak_half_width:.4f}"
-            rest = f"{part.survives:+.4f} ± {part.survives_half_width:.4f}"
-            cells = [str(n), name, str(seeds), gain, leak, rest, causal_gain, f"{max(gaps):.1e}"]
-            lines.append(f"| {' | '.join(cells)} |")
+            cells = [str(n), name, str(len(seeds)), plus_minus(part.gain, part.gain_half_width)]
+            cells += [plus_minus(part.leak, part.leak_half_width), plus_minus(part.survives, part.survives_half_width)]
+            cells += [plus_minus(other.gain, other.gain_half_width) for other in (control, beyond)]
+            lines.append(f"| {' | '.join([*cells, f'{max(gaps):.1e}'])} |")
     return "\n".join(lines)
+
+
+def plus_minus(value: float, half_width: float) -> str:
+    """Of one seed's training loss there is no interval."""
+    return f"{round(value, 4) + 0.0:+.4f}" + (f" ± {half_width:.4f}" if half_width else "")
 
 
 def comparison_table(results: Results, baseline: str, ratios: dict) -> str:
