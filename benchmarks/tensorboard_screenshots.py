@@ -14,6 +14,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -70,6 +71,7 @@ class Browser:
             ["bash", "-c", f'exec "$@" 3<&{commands} 4>&{theirs}', "bash", program, *flags],
             pass_fds=(commands, theirs),
             stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )
         os.close(commands)
         os.close(theirs)
@@ -123,6 +125,9 @@ class Browser:
     def close(self) -> None:
         self._process.terminate()
         self._process.wait()
+        # Its helpers outlive it for a moment and still write to the profile.
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         os.close(self._commands)
         self._answers.close()
 
@@ -164,7 +169,9 @@ def main() -> None:
     program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if program is None:
         parser.error("there is no chromium on this machine")
-    with tensorboard(args.logdir) as address, tempfile.TemporaryDirectory() as profile:
+    # A helper in a session of its own may write while the profile is removed; what it leaves is of no use to anyone.
+    scratch = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    with tensorboard(args.logdir) as address, scratch as profile:
         browser = Browser(program, profile)
         try:
             for tab in args.tabs:
