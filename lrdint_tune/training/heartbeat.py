@@ -246,6 +246,8 @@ class Heartbeat:
         idle = self._awake - max(seen.marks_since for seen in behind.values())
         if idle <= self.timeout - 2 * self.interval or not all(seen.beat.watched for seen in behind.values()):
             return
+        if any(self._is_silent(rank) for rank in behind):
+            return  # its last mark is older than its last beat, but it is lost, not late: that is judged in time too
         if len(behind) == len(present):
             # All at the same mark: those that wait for a collective are not late. Maybe nobody is seen to wait:
             # kernels behind one that hangs fill CUDA's queue, and then the host stands wherever it starts one.
@@ -255,6 +257,9 @@ class Heartbeat:
         lines = list(dict.fromkeys(behind[rank].beat.line for rank in sorted(behind)))
         where = f"{self._last(min(behind))}, at {' and '.join(lines[:3])}"
         self._end(LOST_RANK, f"{names}: no progress for {idle:.0f} s while {what}, {where}")
+
+    def _is_silent(self, rank: int) -> bool:
+        return rank != self.rank and self._awake - self._seen[rank].beat_since > _HURRY_BEATS * self.interval
 
     def _name(self, rank: int) -> str:
         return f"rank {rank} on {self._seen[rank].beat.host}"

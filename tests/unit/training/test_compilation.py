@@ -239,9 +239,9 @@ def test_calibration_runs_uncompiled(graphs: Graphs) -> None:
     assert graphs.count == 1
 
 
-def test_no_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
-    with pytest.raises(ConfigError, match=r"compile=true: .* C\+\+ compiler"):
+def test_no_compiler_is_refused() -> None:
+    missing = torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)})
+    with missing, pytest.raises(ConfigError, match=r"compile=true: .* C\+\+ compiler"):
         check_compiler("cpu")
 
 

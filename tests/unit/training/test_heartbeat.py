@@ -63,6 +63,22 @@ def test_a_beat_that_stops() -> None:
     )
 
 
+def test_a_beat_that_stops_in_a_long_step() -> None:
+    """Its last mark is older than its last beat: it is lost, not late."""
+    watch = Watch()
+    for count in range(2, 12):
+        watch.later(1)
+        for rank in range(3):
+            watch.hear(rank, count, waiting=rank != 2)
+    for count in range(12, 70):
+        watch.later(1)
+        for rank in (0, 1):
+            watch.hear(rank, count, waiting=True)
+        assert watch.judge() is None
+    watch.later(1)
+    assert str(watch.judge()).startswith(f"{LOST_RANK}: lost rank 2 on host-2: no sign of life for 59 s")
+
+
 @pytest.mark.parametrize(("stuck", "said"), [([1], "rank 1 on host-1"), ([1, 2], "rank 1 on host-1, rank 2 on host-2")])
 def test_behind_the_others(stuck: list[int], said: str) -> None:
     watch = Watch()
