@@ -6,11 +6,13 @@
 # PIP_ARGS="..."               options for `pip install`. On Linux a plain install may bring torch with CUDA, several GB;
 #                              pass --index-url or --find-links here to take another build of torch 2.13.0.
 # CONSTRAINTS=                 install the newest versions pyproject.toml allows instead of the tested set
+# WORKERS=2                    processes that run tests beside each other; 0: none but pytest's own, as a debugger needs it
 # PYTEST_ARGS="..."            more options for pytest
 
 PYTHON ?= python3
 PIP_ARGS ?=
 CONSTRAINTS ?= constraints.txt
+WORKERS ?= 2
 PYTEST_ARGS ?=
 QUICKSTART_DIR := quickstart_output
 
@@ -19,7 +21,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
 # The tests run several processes on few cores; one thread each keeps them from getting in each other's way.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
 .PHONY: help venv install quickstart test test-slow lint clean

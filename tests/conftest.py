@@ -10,6 +10,7 @@ import torch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 COVERAGE = pytest.StashKey[Any]()
+SENT = "coverage"  # what a worker process calls it
 
 
 def shared_data_folder() -> Path:
@@ -52,6 +53,21 @@ def covered(request: pytest.FixtureRequest) -> Callable[..., None]:
     from tests.common.coverage import Coverage  # here, so that other tests do without the package
 
     return request.config.stash.setdefault(COVERAGE, Coverage()).add
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    coverage = session.config.stash.get(COVERAGE, None)
+    if coverage is not None and hasattr(session.config, "workeroutput"):
+        session.config.workeroutput[SENT] = [tuple(row) for row in coverage.seen]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Joins what pytest-xdist's workers have checked."""
+    from tests.common.coverage import Coverage, Row
+
+    if rows := getattr(node, "workeroutput", {}).get(SENT):  # a worker that crashed has none
+        node.config.stash.setdefault(COVERAGE, Coverage()).seen.update(Row(*row) for row in rows)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

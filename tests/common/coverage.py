@@ -1,6 +1,7 @@
 """What the method suite has checked, as a table of one line per method."""
 
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from tests.common.cases import BASE, MethodCase
 
@@ -16,19 +17,30 @@ CHECKS = (
 )
 
 
+class Row(NamedTuple):
+    """One thing that was checked; ``case`` is the name of the method and its options."""
+
+    check: str
+    method: str
+    lam: str | None
+    case: str
+    heads: str
+    layout: str
+    backend: str
+
+
 class Coverage:
-    """Collects (check, case, heads, layout, backend)."""
+    """Collects rows."""
 
     def __init__(self) -> None:
-        self.cases: dict[str, MethodCase] = {}
-        self.seen: set[tuple[str, str, str, str, str]] = set()
+        self.seen: set[Row] = set()
 
     def add(self, checks: str, case: MethodCase, heads: str, layouts: Iterable[str], backends: Iterable[str]) -> None:
         """`checks`: names of CHECKS, joined by ", "."""
-        self.cases[case.name] = case
         for check in checks.split(", "):
             assert check in CHECKS, check
-            self.seen |= {(check, case.name, heads, layout, backend) for layout in layouts for backend in backends}
+            what = (check, case.method, case.lam, case.name, heads)
+            self.seen |= {Row(*what, layout, backend) for layout in layouts for backend in backends}
 
     def table(self) -> Iterator[str]:
         """Counts of different (options, heads, layout, backend) per check."""
@@ -38,14 +50,14 @@ class Coverage:
             + "   (cases x heads x layouts x backends)"
         )
         for method in BASE:
-            seen = [row for row in self.seen if self.cases[row[1]].method == method]
+            seen = [row for row in self.seen if row.method == method]
             if not seen:
                 continue
-            cases = {row[1] for row in seen}
-            forms = {self.cases[name].lam for name in cases} - {None}
-            heads = [name for name in ("mha", "gqa", "mqa") if any(row[2] == name for row in seen)]
-            layouts = {row[3] for row in seen}
-            counts = [sum(row[0] == check for row in seen) for check in CHECKS]
+            cases = {row.case for row in seen}
+            forms = {row.lam for row in seen} - {None}
+            heads = [name for name in ("mha", "gqa", "mqa") if any(row.heads == name for row in seen)]
+            layouts = {row.layout for row in seen}
+            counts = [sum(row.check == check for row in seen) for check in CHECKS]
             yield (
                 f"{method:9} {len(forms) or '-':>12} {len(cases):7}  {' '.join(heads):12} {len(layouts):7}  "
                 + "  ".join(f"{count:{len(check)}}" for check, count in zip(CHECKS, counts, strict=True))
