@@ -142,7 +142,7 @@ def comparison_table(results: Results, baseline: str, ratios: dict) -> str:
     others = sorted({name for seeds in results.values() for r in seeds.values() for name in r["forgetting"]})
     head = ["run", "seeds", "trained (new)", "held-out NLL", f"minus `{baseline}` (95 %)"]
     head += [f"{name}, minus `{baseline}` (95 %)" for name in others]
-    head += ["final λ, mean (layers)"] + (["step time (FLOPs)"] if ratios else [])
+    head += ["final λ, mean (layers)"] + (["step time [quartiles] (FLOPs)"] if ratios else [])
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for run in ordered(results):
         record = next(iter(results[run].values()))
@@ -158,9 +158,15 @@ def comparison_table(results: Results, baseline: str, ratios: dict) -> str:
         cells.append("" if lam is None else f"{lam[0]:+.3f} ({lam[1]:+.3f} to {lam[2]:+.3f})")
         if ratios:
             ratio = ratios.get(run)
-            cells.append("" if ratio is None else f"{ratio['median']:.2f} ({ratio['flops']:.2f})")
+            cells.append("" if ratio is None else step_time(ratio))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def step_time(ratio: dict) -> str:
+    """Of a step_times.py record."""
+    low, high = ratio["quartiles"]
+    return f"{ratio['median']:.2f} [{low:.2f}, {high:.2f}] ({ratio['flops']:.2f})"
 
 
 MAP_STATISTICS = {
