@@ -147,16 +147,20 @@ def measure_leak(
 
 
 def draw_positions(rows: Rows, positions: int, seed: int) -> list[tuple[int, int]]:
-    """``(row, position)`` of labelled positions, in order; the same for every model."""
+    """``(row, position)`` of labelled positions, in order, the same for every model: one of each document, then another
+    one, so that as many documents as can be have a say."""
     generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(rows), generator=generator).tolist()
+    shuffled: dict[int, list[int]] = {}
     drawn: list[tuple[int, int]] = []
-    for row in torch.randperm(len(rows), generator=generator).tolist():
-        labelled = (rows[row][1] != IGNORE_INDEX).nonzero().squeeze(1)
-        count = min(PER_DOCUMENT, positions - len(drawn))
-        some = labelled[torch.randperm(len(labelled), generator=generator)[:count]]
-        drawn += [(row, position) for position in some.tolist()]
-        if len(drawn) >= positions:  # the other documents are not even read
-            break
+    for turn in range(PER_DOCUMENT):
+        for row in order:
+            if len(drawn) >= positions:  # the other documents are not even read
+                return sorted(drawn)
+            if row not in shuffled:
+                labelled = (rows[row][1] != IGNORE_INDEX).nonzero().squeeze(1)
+                shuffled[row] = labelled[torch.randperm(len(labelled), generator=generator)].tolist()
+            drawn += [(row, position) for position in shuffled[row][turn : turn + 1]]
     return sorted(drawn)
 
 

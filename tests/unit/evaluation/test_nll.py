@@ -84,6 +84,10 @@ def test_positions_are_drawn_once_and_spread(rows: list[tuple[Tensor, Tensor]]) 
     assert len(set(every)) == len(every)
     assert all(rows[r][1][p] != -100 for r, p in every)
     assert max(sum(r == row for r, _ in every) for row in range(len(rows))) == PER_DOCUMENT
+    for count in (3, 5, 12):
+        drawn = draw_positions(rows, count, 0)
+        each = [sum(r == row for r, _ in drawn) for row in range(len(rows))]
+        assert len(drawn) == count and max(each) - min(each) <= 1
     assert draw_positions(rows, 10, 1) == draw_positions(rows, 10, 1) != draw_positions(rows, 10, 2)
 
 
