@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torchao
@@ -67,12 +67,10 @@ class Experiment:
     Attributes:
         name: of its folder of results, and of the preset's section with its settings.
         runs: from the preset's name to its runs.
-        measure: what is read off a finished run beside its curves, JSON-able; a collective under torchrun.
     """
 
     name: str
     runs: Callable[[str], Iterable[Run]]
-    measure: Callable[[Trainer, Preset], dict[str, Any]] = lambda trainer, preset: {}
 
 
 @dataclass(frozen=True)
@@ -112,8 +110,8 @@ def run_experiment(experiment: Experiment, options: argparse.Namespace, job: Job
     """Every run that has no result file yet, seed by seed.
 
     Raises:
-        ConfigError: an unknown preset or run, missing data, a config the recipe refuses, or a work folder that holds
-            another run.
+        ConfigError: an unknown preset or run, missing data, a config the recipe refuses, or a result file or work
+            folder of other settings.
     """
     work = (options.work_dir / options.preset).absolute()
     preset = load_preset(options.preset, experiment.name, work)
@@ -124,6 +122,10 @@ def run_experiment(experiment: Experiment, options: argparse.Namespace, job: Job
             f"--only {' '.join(sorted(unknown))}: no such run; there are {', '.join(r.name for r in runs)}"
         )
     results = options.results_dir / experiment.name / options.preset
+    # A result file says nothing of the machine's folders.
+    places = {str(work): "${work_dir}"}
+    if options.data_dir is not None:
+        places[str(options.data_dir)] = "DATA"
     world: World | None = None
     for seed in options.seeds:
         for run in runs:
@@ -132,19 +134,16 @@ def run_experiment(experiment: Experiment, options: argparse.Namespace, job: Job
             file = results / f"{run.name}-seed{seed}.json"
             cfg = load_config(run_config(preset, experiment.name, run, seed, work, options.overrides))
             if file.is_file():
+                refuse_others(file, read_json(file)["config"], as_written(dataclasses.asdict(cfg), places))
                 log.info("%s: already there", file)
                 continue
             if world is None:
                 world = _start(options, cfg, work, job)
             world.on_main(partial(claim, cfg))
-            outcome = _one(experiment, preset, cfg, world, job)
+            outcome = _one(preset, cfg, world, job)
             if world.is_main:
                 results.mkdir(parents=True, exist_ok=True)
                 record = {"experiment": experiment.name, "preset": options.preset, "run": run.name, "seed": seed}
-                # A result file says nothing of the machine's folders.
-                places = {str(work): "${work_dir}"}
-                if options.data_dir is not None:
-                    places[str(options.data_dir)] = "DATA"
                 write_json(file, {**record, **outcome}, places)
                 log.info("%s: held-out NLL %.4f", file, outcome["held_out"]["mean"])
                 if not run.keep:
@@ -214,7 +213,7 @@ def _start(options: argparse.Namespace, cfg: TrainConfig, work: Path, job: Job) 
     return job.start_world(cfg)
 
 
-def _one(experiment: Experiment, preset: Preset, cfg: TrainConfig, world: World, job: Job) -> dict[str, Any]:
+def _one(preset: Preset, cfg: TrainConfig, world: World, job: Job) -> dict[str, Any]:
     """Train one run and measure it."""
     start = time.time()
     trainer = Trainer(cfg, world, interruption=job.interruption, pulse=job.pulse)
@@ -230,7 +229,6 @@ def _one(experiment: Experiment, preset: Preset, cfg: TrainConfig, world: World,
         "new_parameters": sum(p.numel() for p in trainer.model.adapter_parameters().values()),
         "steps": trainer.total_steps,
         "tokens_per_step": trainer.global_batch * cfg.max_seq_len,
-        **experiment.measure(trainer, preset),
         "curves": curves,
         "seconds": round(time.time() - start, 1),
         "processes": world.size,
@@ -267,6 +265,16 @@ def one_process() -> None:
         sys.exit(f"error: WORLD_SIZE={size}: this script runs in one process; start it without torchrun")
 
 
+def end_with(main: Callable[[], None]) -> NoReturn:
+    """Call ``main`` and end the process as the recipes do: what was wrong with the input is one line."""
+    try:
+        main()
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    sys.exit()
+
+
 def versions() -> dict[str, str]:
     """Of what computed a result."""
     return {
@@ -281,10 +289,51 @@ def versions() -> dict[str, str]:
 
 def write_json(file: Path, record: dict[str, Any], places: Mapping[str, str] | None = None) -> None:
     """Complete or not at all, numbers to ``RESULT_DIGITS`` digits, folders by the names that ``places`` gives them."""
+    atomic_text(file, _text(record, places or {}))
+
+
+def as_written(record: dict[str, Any], places: Mapping[str, str]) -> dict[str, Any]:
+    """What :func:`read_json` would give if :func:`write_json` had written it."""
+    return json.loads(_text(record, places))
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _text(record: dict[str, Any], places: Mapping[str, str]) -> str:
     text = json.dumps(_rounded(record)) + "\n"
-    for place, name in (places or {}).items():
+    for place, name in places.items():
         text = text.replace(place, name)
-    atomic_text(file, text)
+    return text
+
+
+def refuse_others(file: Path, had: Mapping[str, Any], has: Mapping[str, Any]) -> None:
+    """A finished result is not measured again, so it must be of the settings that are asked for.
+
+    Args:
+        file: for the message.
+        had: its settings; a key that only one of the two knows belongs to another version, and is not compared.
+        has: those that are asked for, as they would be written.
+
+    Raises:
+        ConfigError: they differ.
+    """
+    both = [key for key in had if key in has]
+    if different := _first_difference({key: had[key] for key in both}, {key: has[key] for key in both}):
+        name, old, new = different
+        raise ConfigError(
+            f"{name}={new}: {file} was measured with {old} and would not be measured again; give another folder for "
+            f"results, or remove the file"
+        )
+
+
+def _first_difference(old: Any, new: Any, at: str = "") -> tuple[str, Any, Any] | None:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = dict.fromkeys([*old, *new])
+        found = (_first_difference(old.get(key), new.get(key), f"{at}.{key}" if at else key) for key in keys)
+        return next(filter(None, found), None)
+    return None if old == new else (at, old, new)
 
 
 def _rounded(value: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
@@ -40,6 +40,14 @@ class World:
     context: SequenceShard | None = None
     data_rank: int = 0
     data_size: int = 1
+    _side_groups: dict[timedelta, dist.ProcessGroup] = field(default_factory=dict, repr=False, compare=False)
+
+    def side_group(self, timeout: timedelta) -> dist.ProcessGroup:
+        """All ranks in a gloo group for what goes on beside the training. Runs that follow each other share it: a group
+        keeps a connection to every rank until the process ends."""
+        if timeout not in self._side_groups:
+            self._side_groups[timeout] = dist.new_group(backend="gloo", timeout=timeout)
+        return self._side_groups[timeout]
 
     @property
     def tensor_size(self) -> int:

@@ -19,10 +19,11 @@ VARIANTS = {
     "dint": {"model.method": "dint"},
     "literal": {"model.method": "dint", "model.integral": "sequence", "model.allow_future_leak": True},
 }
-# By preset: sequence lengths, tokens a step, steps, and positions that are predicted from their prefix alone (of the
-# literal form; of the others, which have no difference to show). What is missing is as for stories260k.
+# By preset: sequence lengths, tokens a step, ranks, steps, and positions that are predicted from their prefix alone (of
+# the literal form; of the others, which have no difference to show). What is missing is as for stories260k.
 LENGTHS = {"letters": (8, 64, 256)}
-TOKENS_PER_STEP = {"smollm2_135m": 256}
+TOKENS_PER_STEP = {"smollm2_135m": 256, "llama3_2_1b": 32_768}
+RANKS = {"llama3_2_1b": 64}  # so many can share a step, or a divisor of it
 STEPS = {"smollm2_135m": {64: 100, 256: 30}, "letters": {8: 600, 64: 2000, 256: 2000}}
 POSITIONS = {"letters": (512, 128), "smollm2_135m": (96, 32)}
 
@@ -32,7 +33,8 @@ def runs(preset: str) -> Iterator[Run]:
     for n in LENGTHS.get(preset, (64, 256)):
         rows = TOKENS_PER_STEP.get(preset, 1024) // n
         for name, changes in VARIANTS.items():
-            settings = {"max_seq_len": n, "batch_size": rows, "global_batch_size": rows}
+            batch = rows // RANKS.get(preset, 1)
+            settings = {"max_seq_len": n, "batch_size": batch, "global_batch_size": rows}
             if steps := STEPS.get(preset, {}).get(n):
                 settings |= {"max_steps_per_epoch": steps, "run_val_every_n_steps": steps // (2 if n == 256 else 4)}
             settings["prefix_wise_positions"] = many if name == "literal" else few

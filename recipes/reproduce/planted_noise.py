@@ -10,6 +10,7 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from lrdint_tune.errors import ConfigError
 from lrdint_tune.reproduce.planted_noise import Noise
 from lrdint_tune.reproduce.planted_noise_runs import ABLATIONS, Cell, Schedule, default_cells, run_cell
-from lrdint_tune.reproduce.runs import one_process, versions, write_json
+from lrdint_tune.reproduce.runs import end_with, one_process, read_json, refuse_others, versions, write_json
 
 RANKS, STRENGTHS = (1, 4, 16), (1.0, 3.0)
 STRONG, STRONG_EVEN = Noise("bilinear", 4, 3.0), Noise("even", 4, 3.0)
@@ -58,15 +59,14 @@ def main() -> None:
     todo = [(seed, *run) for seed in options.seeds for run in chosen]
     for seed, name, cell, noise in tqdm(todo, unit="run"):
         place = f"{name.replace(' ', '-')}-{noise.kind}-r{noise.rank}-s{noise.strength:g}-seed{seed}.json"
-        if not (options.output_dir / place).is_file():
-            start = time.process_time()
-            record = {"name": name, **run_cell(cell, noise, seed, schedule), **common}
-            write_json(options.output_dir / place, {**record, "cpu_seconds": time.process_time() - start})
+        file = options.output_dir / place
+        if file.is_file():
+            refuse_others(file, read_json(file)["schedule"], asdict(schedule))
+            continue
+        start = time.process_time()
+        record = {"name": name, **run_cell(cell, noise, seed, schedule), **common}
+        write_json(file, {**record, "cpu_seconds": time.process_time() - start})
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    end_with(main)

@@ -1,5 +1,6 @@
 """The scripts of recipes/reproduce: each run's config is one the recipe takes; an experiment goes on where it was."""
 
+import dataclasses
 import importlib.util
 import json
 import shlex
@@ -19,8 +20,17 @@ from lrdint_tune.errors import ConfigError
 from lrdint_tune.launching.options import compose, parse
 from lrdint_tune.reproduce import runs as runs_module
 from lrdint_tune.reproduce.gate import registered
-from lrdint_tune.reproduce.runs import Experiment, Run, load_preset, run_config, run_experiment
-from lrdint_tune.training.components import build_model
+from lrdint_tune.reproduce.runs import (
+    Experiment,
+    Run,
+    as_written,
+    load_preset,
+    read_json,
+    refuse_others,
+    run_config,
+    run_experiment,
+)
+from lrdint_tune.training.components import accumulation_steps, build_model
 from lrdint_tune.training.config import TrainConfig, load_config
 from lrdint_tune.training.interruption import Interruption
 from lrdint_tune.training.job import Job
@@ -56,6 +66,8 @@ def test_every_run_is_a_config_of_the_recipe(experiment: str, preset: str, tmp_p
         cfg = load_config(OmegaConf.create(run_config(loaded, experiment, run, 0, tmp_path)))
         with registered():
             build_model(cfg)
+        for ranks in (8, 16, 64) if preset == "llama3_2_1b" else (1,):
+            assert accumulation_steps(cfg, ranks) >= 1
         names.append(run.name)
     assert len(names) == len(set(names)) > 4
 
@@ -157,6 +169,34 @@ def test_an_experiment_goes_on_where_it_was(tiny: Path, job: Job, monkeypatch: p
     assert done.returncode == 0, done.stderr
 
 
+def test_a_result_of_other_settings_is_not_taken_for_this_one(tiny: Path, job: Job) -> None:
+    experiment = Experiment("trial", lambda preset: [Run("dint")])
+    run_experiment(experiment, options(tiny), job)
+    run_experiment(experiment, options(tiny, work_dir=tiny / "elsewhere"), job)  # paths are no settings
+    with pytest.raises(ConfigError, match=r"lam_lr=0\.5: .*dint-seed0\.json was measured with 0\.01"):
+        run_experiment(experiment, options(tiny, overrides=["lam_lr=0.5"]), job)
+    with pytest.raises(ConfigError, match=r"model\.rank=2: .*dint-seed0\.json was measured with 3"):
+        run_experiment(experiment, options(tiny, overrides=["model.rank=2"]), job)
+    with pytest.raises(ConfigError, match=r"model\.lam=fixed: .*dint-seed0\.json was measured with None"):
+        run_experiment(experiment, options(tiny, overrides=["model.lam=fixed"]), job)
+
+
+def test_committed_results_are_of_the_settings_that_the_scripts_have() -> None:
+    """Else a table would hold what its command does not measure, and the command would be refused."""
+    compared = 0
+    for experiment, preset in CASES:
+        work = (REPOSITORY / "output" / preset).absolute()
+        loaded = load_preset(preset, experiment, work)
+        for run in script(experiment).runs(preset):
+            for file in (REPOSITORY / "docs" / "results" / experiment / preset).glob(f"{run.name}-seed[0-9].json"):
+                cfg = load_config(OmegaConf.create(run_config(loaded, experiment, run, int(file.stem[-1]), work)))
+                refuse_others(
+                    file, read_json(file)["config"], as_written(dataclasses.asdict(cfg), {str(work): "${work_dir}"})
+                )
+                compared += 1
+    assert compared > 200
+
+
 def test_a_run_of_other_settings_is_not_taken_for_this_one(tiny: Path, job: Job) -> None:
     """The folder of a kept model has a checkpoint, which a run would go on from."""
     experiment = Experiment("trial", lambda preset: [Run("dint", keep=True)])
@@ -190,10 +230,11 @@ def test_a_preset_without_the_experiment(tiny: Path) -> None:
         load_preset("tiny", "leak", tiny)
 
 
-def test_cluster_script_prints_a_command_that_the_launcher_takes() -> None:
+@pytest.mark.parametrize("options", [("--seeds", "0", "1"), ("--seeds", "0", "--preset", "letters")])
+def test_cluster_script_prints_a_command_that_the_launcher_takes(options: tuple[str, ...]) -> None:
     cluster = SCRIPTS / "cluster.sbatch"
     done = subprocess.run(
-        ["bash", cluster, "leak", "--seeds", "0", "1"],
+        ["bash", cluster, "leak", *options],
         env={"PATH": "/usr/bin:/bin", "DRY_RUN": "1", "NPROC_PER_NODE": "2"},
         capture_output=True,
         text=True,
@@ -202,4 +243,5 @@ def test_cluster_script_prints_a_command_that_the_launcher_takes() -> None:
     words = shlex.split(done.stdout)
     config, program, arguments = compose(parse(words[words.index("lrdint_tune.launch") + 1 :]))
     assert config.nproc_per_node == 2
-    assert [*arguments][-4:] == ["recipes/reproduce/leak.py", "--seeds", "0", "1"]
+    preset = () if "--preset" in options else ("--preset", "llama3_2_1b")
+    assert " ".join(arguments).endswith(" ".join(("recipes/reproduce/leak.py", *preset, *options)))

@@ -74,7 +74,7 @@ class CheckpointManager:
         self.folder = CheckpointFolder(folder, keep_last_n=keep_last_n)
         self.timeout = timeout
         # Longer, so that who is late can still be named.
-        self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=2 * timeout + 60))
+        self.group = world.side_group(timedelta(seconds=2 * timeout + 60))
         self._pending: _Pending | None = None
         # One rank looks: on a network file system two ranks may see two different latest checkpoints.
         world.on_main(self.folder.claim)
