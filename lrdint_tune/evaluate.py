@@ -20,8 +20,8 @@ from lrdint_tune.entry import recipe
 from lrdint_tune.errors import ConfigError
 from lrdint_tune.evaluation.config import EvaluateConfig
 from lrdint_tune.evaluation.loading import load_model
-from lrdint_tune.evaluation.record import describe, kept_results
-from lrdint_tune.evaluation.results import RESULTS_FILE, read_results, table, write_results
+from lrdint_tune.evaluation.record import describe, kept_results, read_baseline
+from lrdint_tune.evaluation.results import RESULTS_FILE, table, write_results
 from lrdint_tune.evaluation.run import compare, measure_tasks
 from lrdint_tune.evaluation.tasks import build_tasks
 from lrdint_tune.exit_codes import DONE
@@ -38,7 +38,11 @@ def recipe_main(cfg: DictConfig) -> int:
             f"WORLD_SIZE={os.environ['WORLD_SIZE']}: the evaluation is one process; start it without torchrun"
         )
     tasks = build_tasks(options.tasks)
-    baseline = None if options.baseline is None else read_results("baseline", Path(options.baseline))
+    baseline = (
+        None
+        if options.baseline is None
+        else read_baseline(Path(options.baseline), seed=options.seed, max_seq_len=options.max_seq_len)
+    )
     device = resolve_device(options.device)
     loaded = load_model(
         options.model, base_model=options.base_model, tokenizer=options.tokenizer, device=device, dtype=options.dtype

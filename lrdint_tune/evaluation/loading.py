@@ -118,6 +118,12 @@ def _open(folder: Path, base_model: str | None) -> tuple[ModelSpec, Iterable[tup
         raise ConfigError(f"model={str(folder)!r}: no such folder; give {_KINDS}")
     if (folder / CONFIG_FILE).is_file():
         return _open_adapter(folder, base_model)
+    for host in (folder, folder / "adapter"):
+        if (host / HOST_FILE).is_file():
+            raise ConfigError(
+                f"model={str(folder)!r}: {host / HOST_FILE} is of finetune_transformers, whose models are not read here: "
+                f"load it into its pretrained model with lrdint_tune.hosts.load(model, {str(host)!r}) and evaluate that"
+            )
     if not (folder / "config.json").is_file():
         steps = (folder, *folder.glob("step-*"), *folder.glob("checkpoints/step-*"))
         has_checkpoint = any((step / STATE_FILE).is_file() for step in steps)
@@ -133,6 +139,7 @@ def _open(folder: Path, base_model: str | None) -> tuple[ModelSpec, Iterable[tup
     return spec, iter_hf_folder(folder, spec), folder, None
 
 
+HOST_FILE = "method.json"  # lrdint_tune.hosts.saving.CONFIG_FILE, whose import would bring transformers
 _KINDS = (
     "a Hugging Face folder of a Llama, an adapter folder, a run's output_dir or one of its checkpoints/step-N folders"
 )

@@ -74,3 +74,21 @@ def kept_results(file: Path, header: Mapping[str, Any], tasks: Mapping[str, Task
             log.info("%s: measured already", name)
         kept[name] = result
     return kept
+
+
+def read_baseline(file: Path, **drawn: int | None) -> dict[str, Any]:
+    """The results file to compare with.
+
+    Args:
+        drawn: ``seed`` and ``max_seq_len`` of this evaluation, which decide what is drawn and cut from the data.
+
+    Raises:
+        ConfigError: it cannot be read, or has others: its items would be paired with different ones.
+    """
+    found = read_results("baseline", file)
+    for key, value in drawn.items():
+        if found.get(key) != value:
+            raise ConfigError(
+                f"{key}={value!r}: the baseline {str(file)!r} was measured with {found.get(key)!r}; measure both alike"
+            )
+    return found

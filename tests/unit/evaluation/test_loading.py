@@ -12,6 +12,7 @@ import torch
 from lrdint_tune.errors import ConfigError
 from lrdint_tune.evaluation.loading import load_model
 from lrdint_tune.export import save_adapter, save_hf_folder
+from lrdint_tune.hosts.saving import CONFIG_FILE as HOST_METHOD
 from lrdint_tune.models import LlamaDecoder, llama3_2
 from lrdint_tune.models.decoder import is_new_tensor
 from lrdint_tune.models.hf import iter_hf_folder
@@ -107,6 +108,12 @@ def empty(folder: Path) -> None:
         file.unlink()
 
 
+def of_a_host(folder: Path) -> None:
+    empty(folder)
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / HOST_METHOD).write_text("{}")
+
+
 def without_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
 
@@ -121,6 +128,7 @@ def another_architecture(folder: Path) -> None:
     [
         (shutil.rmtree, "no such folder; give a Hugging Face folder"),
         (empty, "holds no model; give a Hugging Face folder"),
+        (of_a_host, r"adapter/method\.json is of finetune_transformers, whose models are not read here"),
         (without_tokenizer, "no tokenizer.json there"),
         (another_architecture, "not a Llama"),
     ],

@@ -176,6 +176,13 @@ def test_baseline_of_other_items(run: Run, files: dict[str, str], tmp_path: Path
         run(output="ours", baseline=str(tmp_path / "base/results.json"))
 
 
+@pytest.mark.parametrize("key, value", [("seed", 1), ("max_seq_len", 100)])
+def test_baseline_of_other_draws(run: Run, tmp_path: Path, key: str, value: int) -> None:
+    run(output="base")
+    with pytest.raises(ConfigError, match=rf"{key}={value}: the baseline '.*base/results\.json' was measured with "):
+        run(output="ours", baseline=str(tmp_path / "base/results.json"), **{key: value})
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
