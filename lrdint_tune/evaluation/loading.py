@@ -121,7 +121,7 @@ def _open(folder: Path, base_model: str | None) -> tuple[ModelSpec, Iterable[tup
     for host in (folder, folder / "adapter"):
         if (host / HOST_FILE).is_file():
             raise ConfigError(
-                f"model={str(folder)!r}: {host / HOST_FILE} is of finetune_transformers, whose models are not read here: "
+                f"model={str(folder)!r}: {host / HOST_FILE} is of finetune_transformers, whose models are not read: "
                 f"load it into its pretrained model with lrdint_tune.hosts.load(model, {str(host)!r}) and evaluate that"
             )
     if not (folder / "config.json").is_file():

@@ -128,7 +128,7 @@ def another_architecture(folder: Path) -> None:
     [
         (shutil.rmtree, "no such folder; give a Hugging Face folder"),
         (empty, "holds no model; give a Hugging Face folder"),
-        (of_a_host, r"adapter/method\.json is of finetune_transformers, whose models are not read here"),
+        (of_a_host, r"adapter/method\.json is of finetune_transformers, whose models are not read"),
         (without_tokenizer, "no tokenizer.json there"),
         (another_architecture, "not a Llama"),
     ],
