@@ -118,16 +118,17 @@ def _open(folder: Path, base_model: str | None) -> tuple[ModelSpec, Iterable[tup
         raise ConfigError(f"model={str(folder)!r}: no such folder; give {_KINDS}")
     if (folder / CONFIG_FILE).is_file():
         return _open_adapter(folder, base_model)
-    for host in (folder, folder / "adapter"):
-        if (host / HOST_FILE).is_file():
-            raise ConfigError(
-                f"model={str(folder)!r}: {host / HOST_FILE} is of finetune_transformers, whose models are not read: "
-                f"load it into its pretrained model with lrdint_tune.hosts.load(model, {str(host)!r}) and evaluate that"
-            )
     if not (folder / "config.json").is_file():
         steps = (folder, *folder.glob("step-*"), *folder.glob("checkpoints/step-*"))
         has_checkpoint = any((step / STATE_FILE).is_file() for step in steps)
         if not has_checkpoint and not (folder / "hf" / "config.json").is_file():
+            for host in (folder, folder / "adapter"):
+                if (host / HOST_FILE).is_file():
+                    raise ConfigError(
+                        f"model={str(folder)!r}: {host / HOST_FILE} is of finetune_transformers, whose models are not "
+                        "read: load it into its pretrained model with "
+                        f"lrdint_tune.hosts.load(model, {str(host)!r}) and evaluate that"
+                    )
             raise ConfigError(f"model={str(folder)!r}: holds no model; give {_KINDS}")
         if has_checkpoint:
             checkpoint = open_checkpoint(folder, checkpoint_dir=base_model)

@@ -124,7 +124,7 @@ def run_experiment(experiment: Experiment, options: argparse.Namespace, job: Job
     results = options.results_dir / experiment.name / options.preset
     # A result file says nothing of the machine's folders.
     places = {str(work): "${work_dir}"}
-    if options.data_dir is not None:
+    if options.data_dir is not None and options.data_dir.is_absolute():
         places[str(options.data_dir)] = "DATA"
     world: World | None = None
     for seed in options.seeds:
